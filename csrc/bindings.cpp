@@ -1,0 +1,250 @@
+// The pybind11 module pycert._C: the engine's Program, build information, test switches. Importing it registers the
+// operators of csrc/ops with torch.
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <chrono>
+#include <memory>
+
+#include "cpu/kernels.h"
+#include "engine/context.h"
+#include "ops/testing.h"
+
+namespace py = pybind11;
+
+namespace pycert {
+
+using engine::BoundsResult;
+using engine::Context;
+using engine::InputRegion;
+using engine::Node;
+using engine::Op;
+using engine::Options;
+using engine::Program;
+using engine::Spec;
+
+namespace {
+
+const std::unordered_map<std::string, Op>& op_names() {
+  static const std::unordered_map<std::string, Op> names = {
+      {"input", Op::Input},       {"constant", Op::Constant},     {"linear", Op::Linear},
+      {"conv", Op::Conv},         {"batch_norm", Op::BatchNorm},  {"mul_const", Op::MulConst},
+      {"div_const", Op::DivConst}, {"add_const", Op::AddConst},   {"add", Op::Add},
+      {"sum", Op::Sum},           {"avg_pool", Op::AvgPool},      {"max_pool", Op::MaxPool},
+      {"max2", Op::Max2},         {"min2", Op::Min2},             {"reshape", Op::Reshape},
+      {"gather", Op::Gather},     {"concat", Op::Concat},         {"relu", Op::Relu},
+      {"abs", Op::Abs},           {"sigmoid", Op::Sigmoid},       {"tanh", Op::Tanh},
+      {"leaky_relu", Op::LeakyRelu}, {"prelu", Op::PRelu},        {"clamp", Op::Clamp},
+      {"custom", Op::Custom}};
+  return names;
+}
+
+template <typename T>
+void read(const py::dict& attrs, const char* name, T& into) {
+  if (attrs.contains(name) && !attrs[name].is_none()) into = py::cast<T>(attrs[name]);
+}
+
+Node node_of(const py::dict& d) {
+  Node node;
+  const auto op = py::cast<std::string>(d["op"]);
+  const auto found = op_names().find(op);
+  TORCH_CHECK_VALUE(found != op_names().end(), "Program: unknown operator '", op, "'");
+  node.op = found->second;
+  node.inputs = py::cast<std::vector<int64_t>>(d["inputs"]);
+  node.shape = py::cast<std::vector<int64_t>>(d["shape"]);
+  node.params = py::cast<std::vector<int64_t>>(d["params"]);
+  node.path = py::cast<std::string>(d["path"]);
+  const py::dict attrs = d["attrs"];
+  read(attrs, "stride", node.conv.stride);
+  read(attrs, "padding", node.conv.padding);
+  read(attrs, "dilation", node.conv.dilation);
+  read(attrs, "output_padding", node.conv.output_padding);
+  read(attrs, "groups", node.conv.groups);
+  read(attrs, "transposed", node.conv.transposed);
+  read(attrs, "kernel", node.kernel);
+  read(attrs, "ceil_mode", node.ceil_mode);
+  read(attrs, "count_include_pad", node.count_include_pad);
+  if (node.op == Op::AvgPool)
+    read(attrs, "divisor", node.divisor_override);
+  else
+    read(attrs, "divisor", node.divisor);
+  read(attrs, "eps", node.eps);
+  read(attrs, "slope", node.slope);
+  read(attrs, "fill", node.fill);
+  read(attrs, "min", node.minimum);
+  read(attrs, "max", node.maximum);
+  read(attrs, "sign", node.sign);
+  read(attrs, "module", node.module);
+  read(attrs, "name", node.name);
+  if (attrs.contains("value") && !attrs["value"].is_none()) node.value = py::cast<double>(attrs["value"]);
+  if (node.op == Op::Gather)
+    node.gather = py::cast<at::Tensor>(attrs["index"]).to(at::kLong).contiguous();
+  else
+    read(attrs, "index", node.index);
+  return node;
+}
+
+// Lets Ctrl-C through during long calls: looks for signals at most every 50 ms.
+std::function<void()> signal_check() {
+  using Clock = std::chrono::steady_clock;
+  auto last = std::make_shared<Clock::time_point>(Clock::now());
+  return [last] {
+    const auto now = Clock::now();
+    if (now - *last < std::chrono::milliseconds(50)) return;
+    *last = now;
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
+using RegionTuple = std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, int64_t,
+                               bool>;  // lower, upper, centre, eps, p, clipped
+using SpecTuple = std::tuple<at::Tensor, std::optional<at::Tensor>, int64_t>;  // rows, source, count
+
+struct Call {
+  std::vector<at::Tensor> params;
+  std::vector<InputRegion> regions;
+  Options options;
+  std::optional<Spec> spec;
+};
+
+at::Tensor or_empty(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
+
+Call call_of(std::vector<at::Tensor> params, const std::vector<RegionTuple>& regions, Options options,
+             const std::optional<SpecTuple>& spec) {
+  Call call{std::move(params), {}, std::move(options), std::nullopt};
+  for (const auto& [lower, upper, centre, eps, p, clipped] : regions)
+    call.regions.push_back({lower, upper, or_empty(centre), or_empty(eps), p, clipped});
+  call.options.interrupt = signal_check();
+  if (spec.has_value()) call.spec = Spec{std::get<0>(*spec), or_empty(std::get<1>(*spec)), std::get<2>(*spec)};
+  return call;
+}
+
+py::object optional_tensor(const at::Tensor& t) { return t.defined() ? py::cast(t) : py::none(); }
+
+py::list optional_tensors(const std::vector<at::Tensor>& tensors) {
+  py::list out;
+  for (const at::Tensor& t : tensors) out.append(optional_tensor(t));
+  return out;
+}
+
+py::tuple bound(const Program& program, std::vector<at::Tensor> params, const std::vector<RegionTuple>& regions,
+                Options options, const std::optional<SpecTuple>& spec) {
+  Call call = call_of(std::move(params), regions, std::move(options), spec);
+  BoundsResult result;
+  {
+    py::gil_scoped_release release;
+    Context context(program, std::move(call.params), std::move(call.regions), std::move(call.options));
+    result = context.bound(call.spec);
+  }
+  return py::make_tuple(optional_tensor(result.lower), optional_tensor(result.upper),
+                        optional_tensors(result.A_lower), optional_tensor(result.c_lower),
+                        optional_tensors(result.A_upper), optional_tensor(result.c_upper));
+}
+
+std::vector<std::tuple<int64_t, at::Tensor, at::Tensor>> layer_bounds(const Program& program,
+                                                                      std::vector<at::Tensor> params,
+                                                                      const std::vector<RegionTuple>& regions,
+                                                                      Options options) {
+  Call call = call_of(std::move(params), regions, std::move(options), std::nullopt);
+  py::gil_scoped_release release;
+  Context context(program, std::move(call.params), std::move(call.regions), std::move(call.options));
+  std::vector<std::tuple<int64_t, at::Tensor, at::Tensor>> out;
+  for (auto& [i, box] : context.layer_bounds()) out.emplace_back(i, std::get<0>(box), std::get<1>(box));
+  return out;
+}
+
+std::pair<double, double> estimate(const Program& program, std::vector<at::Tensor> params,
+                                   const std::vector<RegionTuple>& regions, Options options,
+                                   const std::optional<SpecTuple>& spec) {
+  Call call = call_of(std::move(params), regions, std::move(options), spec);
+  py::gil_scoped_release release;
+  Context context(program, std::move(call.params), std::move(call.regions), std::move(call.options));
+  return context.estimate(call.spec);
+}
+
+// Python callbacks of custom activations: each call takes the interpreter lock.
+engine::CustomLines lines_callback(py::function f) {
+  auto held = std::shared_ptr<py::function>(new py::function(std::move(f)), [](py::function* p) {
+    py::gil_scoped_acquire gil;
+    delete p;
+  });
+  return [held](const std::string& name, const at::Tensor& l, const at::Tensor& u, int64_t slope, bool deployed) {
+    py::gil_scoped_acquire gil;
+    return py::cast<std::array<at::Tensor, 4>>((*held)(name, l, u, slope, deployed));
+  };
+}
+
+engine::CustomInterval interval_callback(py::function f) {
+  auto held = std::shared_ptr<py::function>(new py::function(std::move(f)), [](py::function* p) {
+    py::gil_scoped_acquire gil;
+    delete p;
+  });
+  return [held](const std::string& name, const at::Tensor& l, const at::Tensor& u, bool deployed) {
+    py::gil_scoped_acquire gil;
+    return py::cast<std::array<at::Tensor, 2>>((*held)(name, l, u, deployed));
+  };
+}
+
+void disable_term(const std::string& name) {
+  const auto& names = term_names();
+  const auto found = std::find(names.begin(), names.end(), name);
+  TORCH_CHECK_VALUE(found != names.end(), "testing_disable: unknown term '", name, "'");
+  disabled_terms() |= 1u << (found - names.begin());
+}
+
+}  // namespace
+
+}  // namespace pycert
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace pycert;
+  m.doc() = "pycert's compiled engine and operators";
+
+  py::class_<Options>(m, "Options")
+      .def(py::init([](int64_t method, int64_t slope, int64_t soundness, int64_t side, bool intersect,
+                       bool return_linear, int64_t memory, std::vector<bool> training) {
+             Options o;
+             o.method = engine::Method(method);
+             o.slope = slope;
+             o.soundness = Soundness(soundness);
+             o.side = engine::Side(side);
+             o.intersect = intersect;
+             o.return_linear = return_linear;
+             o.memory = memory;
+             o.training = std::move(training);
+             return o;
+           }),
+           py::arg("method"), py::arg("slope"), py::arg("soundness"), py::arg("side"), py::arg("intersect"),
+           py::arg("return_linear"), py::arg("memory"), py::arg("training"))
+      .def("set_custom", [](Options& o, py::function lines, py::function interval) {
+        o.custom_lines = lines_callback(std::move(lines));
+        o.custom_interval = interval_callback(std::move(interval));
+      });
+
+  py::class_<Program>(m, "Program")
+      .def(py::init([](const std::vector<py::dict>& nodes, int64_t output) {
+             std::vector<Node> list;
+             for (const py::dict& d : nodes) list.push_back(node_of(d));
+             return std::make_unique<Program>(std::move(list), output);
+           }),
+           py::arg("nodes"), py::arg("output"))
+      .def("bound", &bound, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
+      .def("layer_bounds", &layer_bounds, py::arg("params"), py::arg("regions"), py::arg("options"))
+      .def("estimate", &estimate, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
+      .def_property_readonly("preactivations", &Program::preactivations);
+
+  m.def("isa", [] { return std::string(cpu::instruction_set()); }, "Instruction set of the CPU kernels in use");
+  m.def("has_cuda", [] {
+#ifdef PYCERT_WITH_CUDA
+    return true;
+#else
+    return false;
+#endif
+  });
+  m.def("terms", &term_names, "Terms of the error analysis that tests can take out");
+  m.def("testing_disable", &disable_term);
+  m.def("testing_enable_all", [] { disabled_terms() = 0; });
+}

@@ -1,0 +1,373 @@
+// Loops of the back-substitution family; compiled once per instruction set (isa_*.cpp), inside namespace
+// pycert::cpu::<isa>. No include guard on purpose.
+//
+// Sums run in double, in eight strands per segment. For float32 coefficients every product is then exact, so that
+// the charge for summing is gamma_N(2^-53) times the sum of magnitudes.
+
+inline constexpr int kStrands = 8;
+
+struct Sums {
+  double value[kStrands] = {}, magnitude[kStrands] = {}, error[kStrands] = {};
+};
+
+inline double total(const double (&strands)[kStrands]) {
+  double sum = 0;
+  for (double strand : strands) sum += strand;
+  return sum;
+}
+
+// The part of row q that lies inside the image, as runs of neighbouring elements: f(offset in row, index in sample,
+// length). `outside(offset, length)` is called for the rest, the padding.
+template <typename Inside, typename Outside>
+inline void for_runs(const Window& window, const Extent& extent, const int64_t* position, const Inside& inside,
+                     const Outside& outside) {
+  if (window.dense) {
+    inside(int64_t(0), int64_t(0), extent.numel());
+    return;
+  }
+  const int64_t top = window.stride_y * position[0] + window.offset_y;
+  const int64_t left = window.stride_x * position[1] + window.offset_x;
+  const int64_t from = std::min(std::max<int64_t>(0, -left), window.width);
+  const int64_t to = std::max(from, std::min(window.width, extent.width - left));
+  for (int64_t c = 0; c < extent.channels; ++c)
+    for (int64_t y = 0; y < window.height; ++y) {
+      const int64_t offset = (c * window.height + y) * window.width;
+      if (top + y < 0 || top + y >= extent.height) {
+        outside(offset, window.width);
+        continue;
+      }
+      if (from > 0) outside(offset, from);
+      if (to > from) inside(offset + from, (c * extent.height + top + y) * extent.width + left + from, to - from);
+      if (to < window.width) outside(offset + to, window.width - to);
+    }
+}
+
+inline int64_t row_size(const Window& window, const Extent& extent) {
+  return window.dense ? extent.numel() : extent.channels * window.height * window.width;
+}
+
+inline const int64_t* position_of(const RowMap& map, int64_t q) {
+  return map.position == nullptr ? nullptr : map.position + 2 * q;
+}
+
+inline int64_t source_of(const RowMap& map, int64_t q) { return map.source == nullptr ? q : map.source[q]; }
+
+inline int64_t grain(int64_t size) { return 1 + 32768 / std::max<int64_t>(1, size); }
+
+template <typename T>
+struct RelaxPointers {
+  const T *lower_slope, *upper_slope, *lower_intercept, *upper_intercept, *bias, *charge;
+};
+
+template <bool kSound, bool kLowerIntercept, bool kBias, typename T>
+inline void relax_run(const T* rows, T sign, T* out, const RelaxPointers<T>& p, int64_t n, Sums& sums) {
+  const auto step = [&](int64_t k, int strand) {
+    const T a = sign * rows[k];
+    const bool positive = a >= T(0);
+    const T z = a * (positive ? p.lower_slope[k] : p.upper_slope[k]);
+    const T intercept = positive ? (kLowerIntercept ? p.lower_intercept[k] : T(0)) : p.upper_intercept[k];
+    out[k] = z;
+    double term = weigh(double(a), double(intercept));
+    sums.value[strand] += term;
+    if (kSound) sums.magnitude[strand] += std::abs(term);
+    if (kBias) {
+      term = double(z) * double(p.bias[k]);
+      sums.value[strand] += term;
+      if (kSound) sums.magnitude[strand] += std::abs(term);
+    }
+    if (kSound) sums.error[strand] += double(std::abs(z)) * double(p.charge[k]);
+  };
+  int64_t k = 0;
+  for (; k + kStrands <= n; k += kStrands)
+    for (int j = 0; j < kStrands; ++j) step(k + j, j);
+  for (; k < n; ++k) step(k, 0);
+}
+
+template <typename T, bool kSound, bool kLowerIntercept, bool kBias>
+void relax_as(const RelaxArgs<T>& a) {
+  const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
+  at::parallel_for(0, a.map.count, grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      const T sign = q >= a.map.negative_from ? T(-1) : T(1);
+      const T* rows = a.rows + source_of(a.map, q) * size;
+      T* out = a.out + q * size;
+      const int64_t base = a.map.sample[q] * n;
+      Sums sums;
+      for_runs(
+          a.window, a.extent, position_of(a.map, q),
+          [&](int64_t offset, int64_t index, int64_t length) {
+            const int64_t at = base + index;
+            const RelaxPointers<T> p{a.lower_slope + at,     a.upper_slope + at,
+                                     kLowerIntercept ? a.lower_intercept + at : nullptr,
+                                     a.upper_intercept + at, kBias ? a.bias + index : nullptr,
+                                     kSound ? a.charge + index : nullptr};
+            relax_run<kSound, kLowerIntercept, kBias>(rows + offset, sign, out + offset, p, length, sums);
+          },
+          [&](int64_t offset, int64_t length) { std::fill(out + offset, out + offset + length, T(0)); });
+      a.constant[q] += total(sums.value);
+      if (kSound) {
+        a.magnitude[q] += total(sums.magnitude);
+        a.error[q] += total(sums.error);
+      }
+    }
+  });
+}
+
+template <typename T>
+void relax(const RelaxArgs<T>& a) {
+  const bool sound = a.error != nullptr, lower = a.lower_intercept != nullptr, bias = a.bias != nullptr;
+  if (sound) {
+    if (lower) return bias ? relax_as<T, true, true, true>(a) : relax_as<T, true, true, false>(a);
+    return bias ? relax_as<T, true, false, true>(a) : relax_as<T, true, false, false>(a);
+  }
+  if (lower) return bias ? relax_as<T, false, true, true>(a) : relax_as<T, false, true, false>(a);
+  return bias ? relax_as<T, false, false, true>(a) : relax_as<T, false, false, false>(a);
+}
+
+template <typename T>
+void dot(const DotArgs<T>& a) {
+  const int64_t size = row_size(a.window, a.extent);
+  at::parallel_for(0, a.map.count, grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      const double sign = q >= a.map.negative_from ? -1 : 1;
+      const T* rows = a.rows + source_of(a.map, q) * size;
+      Sums sums;
+      for_runs(
+          a.window, a.extent, position_of(a.map, q),
+          [&](int64_t offset, int64_t index, int64_t length) {
+            const T *row = rows + offset, *bias = a.bias + index, *charge = a.charge + index;
+            const auto step = [&](int64_t k, int strand) {
+              if (a.bias != nullptr) {
+                const double term = double(row[k]) * double(bias[k]);
+                sums.value[strand] += term;
+                sums.magnitude[strand] += std::abs(term);
+              }
+              if (a.charge != nullptr) sums.error[strand] += double(std::abs(row[k])) * double(charge[k]);
+            };
+            int64_t k = 0;
+            for (; k + kStrands <= length; k += kStrands)
+              for (int j = 0; j < kStrands; ++j) step(k + j, j);
+            for (; k < length; ++k) step(k, 0);
+          },
+          [](int64_t, int64_t) {});
+      if (a.bias != nullptr) a.constant[q] += sign * total(sums.value);
+      if (a.magnitude != nullptr) a.magnitude[q] += total(sums.magnitude);
+      if (a.error != nullptr) a.error[q] += total(sums.error);
+    }
+  });
+}
+
+template <typename T>
+inline void box_run(const T* row, T sign, const T* lower, const T* upper, int64_t n, Sums& sums) {
+  const auto step = [&](int64_t k, int strand) {
+    const T a = sign * row[k];
+    const double term = weigh(double(a), double(least_end(a, lower[k], upper[k])));
+    sums.value[strand] += term;
+    sums.magnitude[strand] += std::abs(term);
+  };
+  int64_t k = 0;
+  for (; k + kStrands <= n; k += kStrands)
+    for (int j = 0; j < kStrands; ++j) step(k + j, j);
+  for (; k < n; ++k) step(k, 0);
+}
+
+// sums.error holds the dual norm's sum (p = 2) or largest coefficient (p = 1).
+template <typename T>
+inline void ball_run(const T* row, T sign, const T* centre, int norm, int64_t n, Sums& sums) {
+  const auto step = [&](int64_t k, int strand) {
+    const double a = double(sign * row[k]), term = a * double(centre[k]);
+    sums.value[strand] += term;
+    sums.magnitude[strand] += std::abs(term);
+    if (norm == 2)
+      sums.error[strand] += a * a;
+    else
+      sums.error[strand] = std::max(sums.error[strand], std::abs(a));
+  };
+  int64_t k = 0;
+  for (; k + kStrands <= n; k += kStrands)
+    for (int j = 0; j < kStrands; ++j) step(k + j, j);
+  for (; k < n; ++k) step(k, 0);
+}
+
+inline double dual_norm(const Sums& sums, int norm) {
+  if (norm == 2) return std::sqrt(total(sums.error));
+  return *std::max_element(sums.error, sums.error + kStrands);
+}
+
+template <typename T>
+void concretize(const ConcretizeArgs<T>& a) {
+  const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
+  at::parallel_for(0, a.map.count, grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      const T sign = q >= a.map.negative_from ? T(-1) : T(1);
+      const T* rows = a.rows + source_of(a.map, q) * size;
+      const int64_t sample = a.map.sample[q];
+      Sums sums;
+      for_runs(
+          a.window, a.extent, position_of(a.map, q),
+          [&](int64_t offset, int64_t index, int64_t length) {
+            const int64_t at = sample * n + index;
+            if (a.norm == 0)
+              box_run(rows + offset, sign, a.lower + at, a.upper + at, length, sums);
+            else
+              ball_run(rows + offset, sign, a.centre + at, a.norm, length, sums);
+          },
+          [](int64_t, int64_t) {});
+      double value = total(sums.value), magnitude = total(sums.magnitude);
+      if (a.norm != 0) {
+        const double reach = weigh(dual_norm(sums, a.norm), double(a.eps[sample]));
+        value -= reach;
+        magnitude += reach;
+      }
+      a.value[q] = value;
+      if (a.magnitude != nullptr) a.magnitude[q] = magnitude;
+    }
+  });
+}
+
+// Calls f(offset in `from`, offset in `to`, length) for the runs that both layouts and the image share.
+template <typename F>
+inline void for_shared_runs(const Window& from, const Window& to, const Extent& extent, const int64_t* position,
+                            const F& f) {
+  const auto corner = [&](const Window& w, int64_t axis) {
+    if (w.dense) return int64_t(0);
+    return axis == 0 ? w.stride_y * position[0] + w.offset_y : w.stride_x * position[1] + w.offset_x;
+  };
+  const int64_t from_height = from.dense ? extent.height : from.height, to_height = to.dense ? extent.height : to.height;
+  const int64_t from_width = from.dense ? extent.width : from.width, to_width = to.dense ? extent.width : to.width;
+  const int64_t from_top = corner(from, 0), to_top = corner(to, 0);
+  const int64_t from_left = corner(from, 1), to_left = corner(to, 1);
+  const int64_t top = std::max<int64_t>(0, std::max(from_top, to_top));
+  const int64_t bottom = std::min(extent.height, std::min(from_top + from_height, to_top + to_height));
+  const int64_t left = std::max<int64_t>(0, std::max(from_left, to_left));
+  const int64_t right = std::min(extent.width, std::min(from_left + from_width, to_left + to_width));
+  if (left >= right) return;
+  for (int64_t c = 0; c < extent.channels; ++c)
+    for (int64_t y = top; y < bottom; ++y)
+      f((c * from_height + y - from_top) * from_width + left - from_left,
+        (c * to_height + y - to_top) * to_width + left - to_left, right - left);
+}
+
+template <typename T>
+void relayout(const RelayoutArgs<T>& a) {
+  const int64_t from_size = row_size(a.from, a.extent), to_size = row_size(a.to, a.extent);
+  at::parallel_for(0, a.map.count, grain(to_size), [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      const T sign = q >= a.map.negative_from ? T(-1) : T(1);
+      const T* rows = a.rows + source_of(a.map, q) * from_size;
+      T* out = a.out + q * to_size;
+      if (!a.accumulate) std::fill(out, out + to_size, T(0));
+      for_shared_runs(a.from, a.to, a.extent, position_of(a.map, q), [&](int64_t i, int64_t o, int64_t length) {
+        for (int64_t k = 0; k < length; ++k) out[o + k] += sign * rows[i + k];
+      });
+    }
+  });
+}
+
+// ---- gradients ---------------------------------------------------------------------------------------------------
+// Rows of one sample add to the same slope gradients: a thread owns whole samples.
+
+template <typename T>
+void relax_backward(const RelaxBackwardArgs<T>& a) {
+  const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
+  at::parallel_for(0, a.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = a.starts[begin]; i < a.starts[end]; ++i) {
+      const int64_t q = a.order[i], base = a.map.sample[q] * n;
+      const T* rows = a.rows + q * size;
+      const T* grad_out = a.grad_out + q * size;
+      const T grad_constant = T(a.grad_constant[q]);
+      T* grad_rows = a.grad_rows + q * size;
+      for_runs(
+          a.window, a.extent, position_of(a.map, q),
+          [&](int64_t offset, int64_t index, int64_t length) {
+            for (int64_t k = 0; k < length; ++k) {
+              const int64_t o = offset + k, at = base + index + k;
+              const T row = rows[o], grad = grad_out[o];
+              if (row >= T(0)) {
+                const T intercept = a.lower_intercept == nullptr ? T(0) : a.lower_intercept[at];
+                grad_rows[o] = grad * a.lower_slope[at] + grad_constant * intercept;
+                a.grad_lower_slope[at] += row * grad;
+                if (a.grad_lower_intercept != nullptr) a.grad_lower_intercept[at] += row * grad_constant;
+              } else {
+                grad_rows[o] = grad * a.upper_slope[at] + grad_constant * a.upper_intercept[at];
+                a.grad_upper_slope[at] += row * grad;
+                a.grad_upper_intercept[at] += row * grad_constant;
+              }
+            }
+          },
+          [&](int64_t offset, int64_t length) { std::fill(grad_rows + offset, grad_rows + offset + length, T(0)); });
+    }
+  });
+}
+
+template <typename T>
+inline double dual_norm_of_row(const ConcretizeBackwardArgs<T>& a, int64_t q) {
+  const T* rows = a.rows + q * row_size(a.window, a.extent);
+  Sums sums;
+  for_runs(
+      a.window, a.extent, position_of(a.map, q),
+      [&](int64_t offset, int64_t index, int64_t length) {
+        ball_run(rows + offset, T(1), a.centre + index, a.norm, length, sums);
+      },
+      [](int64_t, int64_t) {});
+  return dual_norm(sums, a.norm);
+}
+
+template <typename T>
+void concretize_backward(const ConcretizeBackwardArgs<T>& a) {
+  const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
+  at::parallel_for(0, a.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = a.starts[begin]; i < a.starts[end]; ++i) {
+      const int64_t q = a.order[i], sample = a.map.sample[q], base = sample * n;
+      const T* rows = a.rows + q * size;
+      T* grad_rows = a.grad_rows + q * size;
+      const T grad = T(a.grad_value[q]);
+      const double norm = a.norm == 0 ? 0 : dual_norm_of_row(a, q);
+      const T eps = a.norm == 0 ? T(0) : a.eps[sample];
+      if (a.norm != 0) a.grad_eps[sample] -= a.grad_value[q] * norm;
+      bool first = true;  // p = 1: the subgradient of max |a| at its first maximiser
+      for_runs(
+          a.window, a.extent, position_of(a.map, q),
+          [&](int64_t offset, int64_t index, int64_t length) {
+            for (int64_t k = 0; k < length; ++k) {
+              const int64_t o = offset + k, at = base + index + k;
+              const T row = rows[o];
+              if (a.norm == 0) {
+                grad_rows[o] = grad * least_end(row, a.lower[at], a.upper[at]);
+                (row >= T(0) ? a.grad_lower : a.grad_upper)[at] += grad * row;
+                continue;
+              }
+              a.grad_centre[at] += grad * row;
+              T slope = 0;
+              if (a.norm == 2) {
+                slope = norm > 0 ? T(row / norm) : T(0);
+              } else if (first && double(std::abs(row)) == norm) {
+                slope = row >= T(0) ? T(1) : T(-1);
+                first = false;
+              }
+              grad_rows[o] = grad * (a.centre[at] - eps * slope);
+            }
+          },
+          [&](int64_t offset, int64_t length) { std::fill(grad_rows + offset, grad_rows + offset + length, T(0)); });
+    }
+  });
+}
+
+// Rows share table rows: a thread owns a share of the channels (or of a vector's elements) of all of them.
+template <typename T>
+void relayout_backward(const RelayoutBackwardArgs<T>& a) {
+  const int64_t from_size = row_size(a.from, a.extent), to_size = row_size(a.to, a.extent);
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t low = from_size * begin / threads, high = from_size * end / threads;
+    for (int64_t q = 0; q < a.map.count; ++q) {
+      const T sign = q >= a.map.negative_from ? T(-1) : T(1);
+      T* grad_rows = a.grad_rows + source_of(a.map, q) * from_size;
+      const T* grad_out = a.grad_out + q * to_size;
+      for_shared_runs(a.from, a.to, a.extent, position_of(a.map, q), [&](int64_t i, int64_t o, int64_t length) {
+        const int64_t first = std::max(i, low), last = std::min(i + length, high);
+        for (int64_t k = first; k < last; ++k) grad_rows[k] += sign * grad_out[o + k - i];
+      });
+    }
+  });
+}

@@ -1,0 +1,24 @@
+// Kernels for any processor the compiler targets.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "core/backsub.h"
+#include "core/interval.h"
+#include "cpu/kernels.h"
+
+namespace pycert::cpu::portable {
+
+// Two roundings: a fused multiply-add without hardware support is a slow library call.
+template <typename T>
+inline T multiply_add(T a, T b, T c) {
+  return a * b + c;
+}
+
+#include "cpu/backsub_loops.h"
+#include "cpu/interval_loops.h"
+#include "cpu/isa_table.h"
+
+}  // namespace pycert::cpu::portable

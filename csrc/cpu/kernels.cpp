@@ -1,0 +1,74 @@
+// Chooses the instruction set once per process.
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PYCERT_X86_DISPATCH 1
+#endif
+
+namespace pycert::cpu {
+
+#define PYCERT_DECLARE_ISA(name)             \
+  namespace name {                           \
+  const Kernels<float>& float_kernels();     \
+  const Kernels<double>& double_kernels();   \
+  }
+PYCERT_DECLARE_ISA(portable)
+#ifdef PYCERT_X86_DISPATCH
+PYCERT_DECLARE_ISA(avx2)
+PYCERT_DECLARE_ISA(avx512)
+#endif
+#undef PYCERT_DECLARE_ISA
+
+namespace {
+
+struct Choice {
+  const char* name;
+  const Kernels<float>* for_float;
+  const Kernels<double>* for_double;
+};
+
+Choice choose() {
+  const char* asked = std::getenv("PYCERT_ISA");
+  const std::string wanted = asked == nullptr ? "" : asked;
+  if (!wanted.empty() && wanted != "portable" && wanted != "avx2" && wanted != "avx512")
+    throw std::runtime_error("PYCERT_ISA must be portable, avx2 or avx512, got '" + wanted + "'");
+#ifdef PYCERT_X86_DISPATCH
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if ((wanted == "avx2" && !has_avx2) || (wanted == "avx512" && !has_avx512))
+    throw std::runtime_error("PYCERT_ISA=" + wanted + " is asked for, but this processor does not have it");
+  if (has_avx512 && (wanted.empty() || wanted == "avx512"))
+    return {"avx512", &avx512::float_kernels(), &avx512::double_kernels()};
+  if (has_avx2 && wanted != "portable") return {"avx2", &avx2::float_kernels(), &avx2::double_kernels()};
+#else
+  if (!wanted.empty() && wanted != "portable")
+    throw std::runtime_error("PYCERT_ISA=" + wanted + " is asked for, but this build has the portable kernels only");
+#endif
+  return {"portable", &portable::float_kernels(), &portable::double_kernels()};
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return *choice().for_float;
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  return *choice().for_double;
+}
+
+const char* instruction_set() { return choice().name; }
+
+}  // namespace pycert::cpu

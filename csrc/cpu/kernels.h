@@ -1,0 +1,216 @@
+// The CPU kernels behind one table per element type, filled for each instruction set and chosen at run time.
+// Raw pointers in, raw pointers out; the only dependency is at::parallel_for.
+#pragma once
+
+#include <cstdint>
+
+namespace pycert::cpu {
+
+// ---- interval family -------------------------------------------------------------------------------------------
+
+// Midpoint and radius of boxes, with the error terms of DESIGN section 4 riding on the radius.
+template <typename T>
+struct PrepareArgs {
+  const T* lower;  // [B, K]
+  const T* upper;  // [B, K]
+  T* mid;          // [B, K]
+  T* radius;       // [B, K]: rho' = rho + own |m| + deployed (|m| + rho), rounded up
+  double* sums;    // [B]: ||m||_1 + ||rho'||_1, or null
+  int64_t batch, count;
+  T own, deployed;  // g and h; both 0 and `sound` false: plain arithmetic
+  bool sound;
+};
+
+// [c - r, c + r] from the two products, widened; in place: centre becomes lower, radius becomes upper.
+template <typename T>
+struct EnclosureArgs {
+  T* centre;              // [B, C, inner] in: W m, out: lower
+  T* radius;              // [B, C, inner] in: |W| rho', out: upper
+  const T* bias;          // [C] or null
+  const double* sums;     // [B] or null
+  int64_t batch, channels, inner;
+  T bias_charge;          // g + h
+  T radius_inflation;     // 1 / (1 - gamma_rad), rounded up
+  double underflow_fixed; // tau = underflow_fixed + underflow_scale * sums[b]
+  double underflow_scale;
+  bool sound;
+};
+
+// Both products of a small batch in one pass over W.
+template <typename T>
+struct DualProductArgs {
+  const T* weight;  // [N, K]
+  const T* mid;     // [B, K]
+  const T* radius;  // [B, K]
+  T* centre;        // [B, N]
+  T* spread;        // [B, N]
+  int64_t batch, rows, count;
+};
+
+// y = scale x + term on boxes, widened by kappa (|scale| max|x| + magnitude).
+template <typename T>
+struct ScaleArgs {
+  const T* lower;      // [B, C, inner]
+  const T* upper;      // [B, C, inner]
+  const T* scale;      // [C] or null (1)
+  const T* term;       // [C] or null (0)
+  const T* magnitude;  // [C] or null (|term|)
+  T* out_lower;
+  T* out_upper;
+  int64_t batch, channels, inner;
+  T kappa;
+  bool sound;
+};
+
+// lower = a + sign b over boxes, outward, widened by kappa times the larger end.
+template <typename T>
+struct AddArgs {
+  const T *a_lower, *a_upper, *b_lower, *b_upper;
+  T *lower, *upper;
+  int64_t count;
+  bool subtract, sound;
+  T kappa;
+};
+
+// ---- back-substitution family ----------------------------------------------------------------------------------
+
+// Where the coefficients of a row stand: the whole [C, H, W] value, or a window of it whose corner moves with the
+// row: corner = stride * position(row) + offset. Elements outside the image belong to padding and count as zero.
+struct Window {
+  bool dense = true;
+  int64_t height = 0, width = 0;
+  int64_t stride_y = 0, offset_y = 0, stride_x = 0, offset_x = 0;
+};
+
+// Rows of coefficients. Row q reads table row source[q] (q itself where null), negated from row `negative_from` on.
+struct RowMap {
+  int64_t count = 0;                // Q
+  const int64_t* source = nullptr;  // [Q]
+  int64_t negative_from = INT64_MAX;
+  const int64_t* sample = nullptr;    // [Q]
+  const int64_t* position = nullptr;  // [Q, 2], for windows
+};
+
+struct Extent {
+  int64_t channels = 1, height = 1, width = 1;  // of the node's value; a vector is [1, 1, n]
+  int64_t numel() const { return channels * height * width; }
+};
+
+// z = a * slope by the sign of a; constants by intercepts (and bias); sum |z| charge.
+template <typename T>
+struct RelaxArgs {
+  const T* rows;  // table, in layout `window` over `extent`
+  T* out;         // [Q, window]
+  RowMap map;
+  Window window;
+  Extent extent;
+  const T *lower_slope, *upper_slope;          // [B, n]
+  const T *lower_intercept, *upper_intercept;  // [B, n]; the lower may be null (0)
+  const T* bias;                               // [n] or null: of the affine node that feeds the activation
+  const T* charge;                             // [n] or null
+  double *constant, *magnitude, *error;        // [Q], added to; the last two null where not sound
+};
+
+// constant += rows . bias, error += |rows| . charge, without changing the rows.
+template <typename T>
+struct DotArgs {
+  const T* rows;
+  RowMap map;
+  Window window;
+  Extent extent;
+  const T *bias, *charge;  // [n] or null
+  double *constant, *magnitude, *error;
+};
+
+// Least value of rows . x over the box or ball of each row's sample, in double.
+template <typename T>
+struct ConcretizeArgs {
+  const T* rows;
+  RowMap map;
+  Window window;
+  Extent extent;
+  const T *lower, *upper;  // [B, n]: box; or
+  const T *centre;         // [B, n]: ball
+  const T *eps;            // [B]
+  int norm;                // 0: box, 1, 2: ball with that p
+  double* value;           // [Q]
+  double* magnitude;       // [Q] sum of |terms|, or null
+};
+
+// Copies rows into another layout, adding where asked.
+template <typename T>
+struct RelayoutArgs {
+  const T* rows;
+  RowMap map;
+  Window from, to;
+  Extent extent;
+  T* out;  // [Q, to]
+  bool accumulate;
+};
+
+// Gradients of the relaxation step; rows are owned (no source), sorted by sample within each of two halves.
+template <typename T>
+struct RelaxBackwardArgs {
+  const T* rows;
+  const T* grad_out;            // [Q, window]
+  const double* grad_constant;  // [Q]
+  RowMap map;
+  Window window;
+  Extent extent;
+  int64_t batch;
+  const int64_t* order;   // [Q]: rows sorted by sample
+  const int64_t* starts;  // [B + 1] into order
+  const T *lower_slope, *upper_slope, *lower_intercept, *upper_intercept;
+  T* grad_rows;                                                                         // [Q, window]
+  T *grad_lower_slope, *grad_upper_slope, *grad_lower_intercept, *grad_upper_intercept;  // [B, n], added to
+};
+
+template <typename T>
+struct ConcretizeBackwardArgs {
+  const T* rows;
+  const double* grad_value;  // [Q]
+  RowMap map;
+  Window window;
+  Extent extent;
+  int64_t batch;
+  const int64_t* order;
+  const int64_t* starts;
+  const T *lower, *upper, *centre, *eps;
+  int norm;
+  T* grad_rows;
+  T *grad_lower, *grad_upper, *grad_centre;  // [B, n], added to
+  double* grad_eps;                          // [B], added to
+};
+
+template <typename T>
+struct RelayoutBackwardArgs {
+  const T* grad_out;  // [Q, to]
+  RowMap map;
+  Window from, to;
+  Extent extent;
+  T* grad_rows;  // [T, from], added to
+};
+
+template <typename T>
+struct Kernels {
+  void (*prepare)(const PrepareArgs<T>&);
+  void (*enclose)(const EnclosureArgs<T>&);
+  void (*dual_product)(const DualProductArgs<T>&);
+  void (*scale)(const ScaleArgs<T>&);
+  void (*add)(const AddArgs<T>&);
+  void (*relax)(const RelaxArgs<T>&);
+  void (*dot)(const DotArgs<T>&);
+  void (*concretize)(const ConcretizeArgs<T>&);
+  void (*relayout)(const RelayoutArgs<T>&);
+  void (*relax_backward)(const RelaxBackwardArgs<T>&);
+  void (*concretize_backward)(const ConcretizeBackwardArgs<T>&);
+  void (*relayout_backward)(const RelayoutBackwardArgs<T>&);
+};
+
+// The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.
+template <typename T>
+const Kernels<T>& kernels();
+
+const char* instruction_set();
+
+}  // namespace pycert::cpu

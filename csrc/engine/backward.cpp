@@ -1,0 +1,654 @@
+#include "engine/backward.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/avg_pool2d_backward.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/index_add.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <limits>
+
+#include "ops/testing.h"
+
+namespace pycert::engine {
+
+namespace {
+
+bool same_grid(const Window& a, const Window& b) {
+  return a.stride_y == b.stride_y && a.stride_x == b.stride_x;
+}
+
+// The smallest window that covers both; they move with the same stride.
+Window cover(const Window& a, const Window& b) {
+  Window w = a;
+  w.offset_y = std::min(a.offset_y, b.offset_y);
+  w.offset_x = std::min(a.offset_x, b.offset_x);
+  w.height = std::max(a.offset_y + a.height, b.offset_y + b.height) - w.offset_y;
+  w.width = std::max(a.offset_x + a.width, b.offset_x + b.width) - w.offset_x;
+  return w;
+}
+
+bool equal(const Window& a, const Window& b) {
+  if (a.dense || b.dense) return a.dense == b.dense;
+  return same_grid(a, b) && a.offset_y == b.offset_y && a.offset_x == b.offset_x && a.height == b.height &&
+         a.width == b.width;
+}
+
+// A convolution whose gradient is wanted, by the algorithms of direct_conv2d.
+struct ConvFunction : torch::autograd::Function<ConvFunction> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& w, Pair stride,
+                        Pair padding, Pair dilation, Pair output_padding, int64_t groups, bool transposed) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, w});
+    const auto ints = [](const Pair& p) { return std::vector<int64_t>(p.begin(), p.end()); };
+    ctx->saved_data["stride"] = ints(stride);
+    ctx->saved_data["padding"] = ints(padding);
+    ctx->saved_data["dilation"] = ints(dilation);
+    ctx->saved_data["output_padding"] = ints(output_padding);
+    ctx->saved_data["groups"] = groups;
+    ctx->saved_data["transposed"] = transposed;
+    return direct_conv2d(x, w, {stride, padding, dilation, output_padding, groups, transposed});
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    PrecisionGuard guard;
+    const auto s = ctx->get_saved_variables();
+    const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
+    auto [x, w, unused] = at::convolution_backward(
+        grads[0], s[0], s[1], {}, ints("stride"), ints("padding"), ints("dilation"),
+        ctx->saved_data["transposed"].toBool(), ints("output_padding"), ctx->saved_data["groups"].toInt(),
+        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});
+    return {x, w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
+  PrecisionGuard guard;
+  if (any_needs_grad(x, w))
+    return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed);
+  return direct_conv2d(x, w, g);
+}
+
+// `value` in the forward pass, the gradient of `plain`: an outward rounding is a constant for autograd.
+struct Replace : torch::autograd::Function<Replace> {
+  static Tensor forward(torch::autograd::AutogradContext*, const Tensor&, const Tensor& value) { return value.clone(); }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 torch::autograd::variable_list grads) {
+    return {grads[0], Tensor()};
+  }
+};
+
+// Double to T, downward; NaN becomes -inf.
+Tensor round_down(const Tensor& value, at::ScalarType dtype) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  const Tensor clean = value.nan_to_num(-infinity, infinity, -infinity);
+  if (dtype == at::kDouble) return clean;
+  const Tensor nearest = clean.to(dtype);
+  const Tensor below = nearest.nextafter(at::full_like(nearest, -infinity));
+  return at::where(nearest.to(at::kDouble).gt(clean), below, nearest);
+}
+
+// Weight of a convolution as the transposed product of a table row that starts at one output channel: [O, C, kh, kw],
+// zero outside the channel's group.
+Tensor ungrouped(const Tensor& weight, int64_t groups, int64_t in_channels) {
+  if (groups == 1) return weight;
+  Tensor full = at::zeros({weight.size(0), in_channels, weight.size(2), weight.size(3)}, weight.options());
+  const int64_t out = weight.size(0) / groups, in = weight.size(1);
+  std::vector<Tensor> parts;
+  for (int64_t g = 0; g < groups; ++g) {
+    const Tensor part = weight.narrow(0, g * out, out);
+    parts.push_back(at::constant_pad_nd(part, {0, 0, 0, 0, g * in, in_channels - (g + 1) * in}));
+  }
+  return at::cat(parts, 0);
+}
+
+// Taps spread out by the dilation, zeros between them.
+Tensor dilated(const Tensor& weight, const Pair& dilation) {
+  if (dilation[0] == 1 && dilation[1] == 1) return weight;
+  const int64_t height = (weight.size(2) - 1) * dilation[0] + 1, width = (weight.size(3) - 1) * dilation[1] + 1;
+  Tensor rows = at::zeros({weight.size(0), weight.size(1), weight.size(2), width}, weight.options());
+  rows = rows.slice_scatter(weight, 3, 0, width, dilation[1]);
+  const Tensor full = at::zeros({weight.size(0), weight.size(1), height, width}, weight.options());
+  return full.slice_scatter(rows, 2, 0, height, dilation[0]);
+}
+
+}  // namespace
+
+Walk::Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep_linear)
+    : context_(context),
+      index_(std::move(index)),
+      stop_at_activations_(stop_at_activations),
+      keep_linear_(keep_linear),
+      pending_(context.program().nodes().size()),
+      linear_(size_t(context.program().input_count())) {
+  const auto options = context.tensor_options().dtype(at::kDouble);
+  sums_ = at::zeros({3, index_.count()}, options);
+  value_ = at::zeros({index_.count()}, options);
+  value_magnitude_ = at::zeros({index_.count()}, options);
+  underflow_ = at::zeros({}, options);
+}
+
+bool Walk::stops(int64_t i) const {
+  const Node& node = context_.program().node(i);
+  if (node.op == Op::Input || !node.depends_on_input) return true;
+  return stop_at_activations_ && !is_affine(node.op);
+}
+
+WalkResult Walk::run(int64_t start, Rows rows) {
+  give(start, std::move(rows));
+  for (int64_t i = start; i >= 0; --i) {
+    if (pending_[size_t(i)].empty()) continue;
+    context_.options().interrupt();
+    Rows merged = merge(i);
+    pending_[size_t(i)].clear();
+    if (stops(i))
+      concretise(i, std::move(merged));
+    else
+      step(i, std::move(merged));
+  }
+  return finish();
+}
+
+void Walk::step(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  const bool done = rows.charged;
+  rows.charged = false;
+  switch (node.op) {
+    case Op::Linear: case Op::Conv:
+      if (!done) constants(i, rows, spread(node, context_.bias(node)), context_.charge(i));
+      return node.op == Op::Linear ? linear(i, std::move(rows)) : conv(i, std::move(rows));
+    case Op::BatchNorm: case Op::MulConst: case Op::DivConst:
+      return scale(i, std::move(rows));
+    case Op::AddConst:
+      constants(i, rows, spread(node, context_.term_of(node)), context_.charge(i));
+      return give(node.inputs[0], std::move(rows));
+    case Op::Add: {
+      constants(i, rows, {}, context_.charge(i));
+      Rows second = rows;
+      if (node.sign < 0) {
+        if (second.unit())
+          second.scale = second.scale.defined() ? -second.scale : at::full({1}, -1.0, context_.tensor_options());
+        else
+          second.data = -second.data;
+      }
+      give(node.inputs[0], std::move(rows));
+      return give(node.inputs[1], std::move(second));
+    }
+    case Op::Reshape: {
+      if (!rows.unit()) {
+        rows = dense(i, std::move(rows));
+        rows.data = rows.data.flatten(1);
+      } else {
+        rows.at_start = false;
+      }
+      return give(node.inputs[0], std::move(rows));
+    }
+    case Op::Gather:
+      return gather(i, std::move(rows));
+    case Op::Concat: {
+      rows = dense(i, written(i, std::move(rows)));
+      const Tensor flat = rows.data.flatten(1);
+      int64_t start = 0;
+      for (int64_t j : node.inputs) {
+        Rows part = rows;
+        const int64_t count = context_.program().node(j).numel;
+        part.data = flat.narrow(1, start, count);
+        give(j, std::move(part));
+        start += count;
+      }
+      return;
+    }
+    case Op::Sum:
+      return sum(i, std::move(rows));
+    case Op::AvgPool:
+      return average(i, std::move(rows));
+    case Op::MaxPool:
+      return pool(i, std::move(rows));
+    case Op::Max2: case Op::Min2: {  // max(a, b) = b + relu(a - b), min(a, b) = a - relu(a - b)
+      rows = written(i, std::move(rows));
+      Rows difference = rows;
+      if (node.op == Op::Min2) difference.data = -difference.data;
+      give(node.op == Op::Max2 ? node.inputs[1] : node.inputs[0], std::move(rows));
+      return relax(node.inputs[2], context_.relu_lines(node.inputs[2]), std::move(difference));
+    }
+    default:
+      return relax(node.inputs[0], context_.lines(i), written(i, std::move(rows)));
+  }
+}
+
+// ---- layouts -----------------------------------------------------------------------------------------------------
+
+Tensor Walk::spread(const Node& node, const Tensor& t) const {
+  if (!t.defined()) return t;
+  if (t.numel() == node.numel) return t.reshape({-1});
+  if (t.numel() == 1) return t.reshape({1}).expand({node.numel});
+  if (node.op == Op::Linear) return t.expand({node.numel / t.numel(), t.numel()}).reshape({-1});
+  return t.reshape({-1, 1}).expand({t.numel(), node.numel / t.numel()}).reshape({-1});
+}
+
+// A unit row at an image is a window of one pixel, at a vector a row of zeros with a one.
+Rows Walk::written(int64_t i, Rows rows) {
+  if (!rows.unit()) return rows;
+  const Node& node = context_.program().node(i);
+  const auto options = context_.tensor_options();
+  const Tensor scale = spread(node, rows.scale);
+  Rows out;
+  if (node.image() && rows.at_start && index_.position.defined()) {
+    const int64_t channels = node.shape[0], pixels = node.shape[1] * node.shape[2];
+    if (!rows.scale.defined() || rows.scale.numel() == 1 || rows.scale.numel() == channels) {
+      Tensor table = at::eye(channels, options);
+      if (rows.scale.defined()) table = table * rows.scale.reshape({-1, 1});
+      out.data = table.view({channels, channels, 1, 1});
+      out.source = {rows.element.floor_divide(pixels), rows.source.negative_from};
+      out.window = {false, 1, 1, 1, 0, 1, 0};
+      return out;
+    }
+  }
+  Tensor values = at::ones({index_.count(), 1}, options);
+  if (scale.defined()) values = scale.index_select(0, rows.element).unsqueeze(1);
+  if (rows.source.negative_from < index_.count()) {
+    Tensor sign = at::ones({index_.count(), 1}, options);
+    sign.narrow(0, rows.source.negative_from, index_.count() - rows.source.negative_from).fill_(-1);
+    values = values * sign;
+  }
+  // an element of -1 stands for a constant: its row is empty
+  values = values.masked_fill(rows.element.lt(0).unsqueeze(1), 0);
+  out.data = at::zeros({index_.count(), node.numel}, options)
+                 .scatter(1, rows.element.clamp_min(0).unsqueeze(1), values);
+  return out;
+}
+
+Rows Walk::own(int64_t i, Rows rows) {
+  rows = written(i, std::move(rows));
+  if (!rows.source.source.defined() && rows.source.negative_from >= index_.count()) return rows;
+  const Extent extent = context_.program().node(i).extent();
+  rows.data = relayout_rows(rows.data, rows.source, index_, rows.window, rows.window, extent);
+  rows.source = {};
+  rows.inside = true;
+  return rows;
+}
+
+Rows Walk::dense(int64_t i, Rows rows) {
+  rows = written(i, std::move(rows));
+  if (rows.window.dense) return rows;
+  const Extent extent = context_.program().node(i).extent();
+  rows.data = relayout_rows(rows.data, rows.source, index_, rows.window, Window(), extent);
+  rows.source = {};
+  rows.window = {};
+  rows.inside = true;
+  return rows;
+}
+
+Rows Walk::merge(int64_t i) {
+  auto& parts = pending_[size_t(i)];
+  if (parts.size() == 1) return std::move(parts[0]);
+  const Node& node = context_.program().node(i);
+  Window target = Window();
+  bool windows = true;
+  for (Rows& part : parts) {
+    part = written(i, std::move(part));
+    windows = windows && !part.window.dense;
+  }
+  if (windows) {
+    target = parts[0].window;
+    for (const Rows& part : parts) {
+      windows = windows && same_grid(target, part.window);
+      if (windows) target = cover(target, part.window);
+    }
+    if (!windows || (target.height >= node.shape[1] && target.width >= node.shape[2])) target = Window();
+  }
+  Rows out;
+  out.window = target;
+  for (const Rows& part : parts) {
+    const bool ready = equal(part.window, target) && !part.source.source.defined() &&
+                       part.source.negative_from >= index_.count() && part.inside;
+    const Tensor data = ready ? part.data
+                              : relayout_rows(part.data, part.source, index_, part.window, target, node.extent());
+    out.data = out.data.defined() ? out.data + data.reshape(out.data.sizes()) : data;
+  }
+  if (context_.sound() && enabled(Term::BacksubOwn)) {  // the roundings of these additions
+    at::NoGradGuard no_grad;
+    constants(i, out, {}, context_.absolute(i) * (context_.own_gamma(double(parts.size())) * (1 + 1e-6)));
+  }
+  return out;
+}
+
+// ---- constants ---------------------------------------------------------------------------------------------------
+
+// Adds rows . bias and |rows| . charge; both [n].
+void Walk::constants(int64_t i, const Rows& rows, const Tensor& bias, const Tensor& charge) {
+  if (!bias.defined() && !charge.defined()) return;
+  const Node& node = context_.program().node(i);
+  terms_ += double(node.numel);
+  if (rows.unit()) {
+    Tensor factor = spread(node, rows.scale);
+    const auto pick = [&](const Tensor& t) { return t.index_select(0, rows.element.clamp_min(0)).to(at::kDouble); };
+    const Tensor outside = rows.element.lt(0);
+    if (factor.defined()) factor = pick(factor);
+    if (bias.defined()) {
+      Tensor term = pick(bias);
+      if (factor.defined()) term = term * factor;
+      term = term.masked_fill(outside, 0);
+      const int64_t negative = rows.source.negative_from;
+      if (negative < index_.count())
+        term = at::cat({term.narrow(0, 0, negative), -term.narrow(0, negative, index_.count() - negative)});
+      sums_ = at::cat({(sums_.select(0, 0) + term).unsqueeze(0), (sums_.select(0, 1) + term.detach().abs()).unsqueeze(0),
+                       sums_.narrow(0, 2, 1)});
+    }
+    if (charge.defined()) {
+      Tensor error = pick(charge);
+      if (factor.defined()) error = error * factor.detach().abs();
+      error = error.masked_fill(outside, 0);
+      sums_ = at::cat({sums_.narrow(0, 0, 2), (sums_.select(0, 2) + error).unsqueeze(0)});
+    }
+    return;
+  }
+  const bool by_aten = bias.defined() && any_needs_grad(rows.data, bias);
+  const Tensor plain = bias.defined() ? bias.detach() : bias;
+  const Tensor sums = dot_rows(rows.data, rows.source, index_, rows.window, node.extent(), plain, charge);
+  if (!by_aten) {
+    sums_ = sums_ + sums;
+    return;
+  }
+  // the same constant with gradient: the value comes from the kernel
+  const Rows mine = dense(i, own(i, rows));
+  const Tensor value = mine.data.flatten(1).to(at::kDouble).matmul(bias.to(at::kDouble));
+  const Tensor exact = Replace::apply(value, sums.select(0, 0));
+  sums_ = sums_ + at::cat({exact.unsqueeze(0), sums.narrow(0, 1, 2)});
+}
+
+// Coefficients lost to underflow: at most `terms` smallest normal numbers each, times the largest values of node i.
+void Walk::underflow(int64_t i, double terms) {
+  if (!context_.sound() || !enabled(Term::Underflow)) return;
+  at::NoGradGuard no_grad;
+  const double tiny = context_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
+  underflow_ = underflow_ + context_.absolute(i).sum(at::kDouble) * (tiny * (terms + 2) * (1 + 1e-6));
+}
+
+// ---- steps -------------------------------------------------------------------------------------------------------
+
+void Walk::relax(int64_t input, const Lines& lines, Rows rows) {
+  const Node& node = context_.program().node(input);
+  const bool grad = any_needs_grad(rows.data, lines.lower_slope, lines.lower_intercept, lines.upper_slope,
+                                   lines.upper_intercept);
+  if (grad) rows = own(input, std::move(rows));
+  // The affine node that feeds the activation alone is charged in the same pass over the rows.
+  const bool fuse = (node.op == Op::Linear || node.op == Op::Conv) && node.consumers.size() == 1 && !stops(input) &&
+                    !(grad || any_needs_grad(context_.bias(node)));
+  const Tensor bias = fuse ? spread(node, context_.bias(node)) : Tensor();
+  const Tensor charge = context_.relax_charge(input, fuse);
+  auto [out, sums] = relax_rows(rows.data, rows.source, index_, rows.window, node.extent(), lines.lower_slope,
+                                lines.lower_intercept, lines.upper_slope, lines.upper_intercept, bias, charge);
+  sums_ = sums_ + sums;
+  terms_ += 2.0 * double(node.numel);
+  underflow(input, 1);
+  Rows next;
+  next.data = out;
+  next.window = rows.window;
+  next.charged = fuse;
+  give(input, std::move(next));
+}
+
+void Walk::linear(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  const Tensor weight = context_.weight(node);
+  const int64_t in = weight.size(1), out = weight.size(0), pre = node.numel / out;
+  underflow(node.inputs[0], double(out));
+  Rows next;
+  if (rows.unit() && pre == 1) {
+    next.data = weight;
+    if (rows.scale.defined()) next.data = weight * rows.scale.reshape({-1, 1});
+    next.source = {rows.element, rows.source.negative_from};
+    return give(node.inputs[0], std::move(next));
+  }
+  rows = dense(i, written(i, std::move(rows)));
+  PrecisionGuard guard;
+  const int64_t count = rows.data.size(0);
+  next.data = mm_blocked(rows.data.reshape({count * pre, out}), weight).view({count, pre * in});
+  next.source = rows.source;
+  give(node.inputs[0], std::move(next));
+}
+
+void Walk::conv(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  const Node& input = context_.program().node(node.inputs[0]);
+  const Tensor weight = context_.weight(node);
+  const ConvGeometry& g = node.conv;
+  const int64_t height = input.shape[1], width = input.shape[2];
+  underflow(node.inputs[0], double(weight.size(0) * weight.size(2) * weight.size(3)));
+  Rows next;
+  if (g.transposed) {  // its transpose is a plain convolution
+    rows = dense(i, written(i, std::move(rows)));
+    const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
+    const Tensor full = convolve(image, weight, {g.stride, g.padding, g.dilation, {0, 0}, g.groups, false});
+    next.data = full.narrow(2, 0, height).narrow(3, 0, width);
+    next.source = rows.source;
+    return give(node.inputs[0], std::move(next));
+  }
+  const auto moved = [&](const Window& w) {
+    return Window{false,
+                  (w.height - 1) * g.stride[0] + (weight.size(2) - 1) * g.dilation[0] + 1,
+                  (w.width - 1) * g.stride[1] + (weight.size(3) - 1) * g.dilation[1] + 1,
+                  w.stride_y * g.stride[0],
+                  w.offset_y * g.stride[0] - g.padding[0],
+                  w.stride_x * g.stride[1],
+                  w.offset_x * g.stride[1] - g.padding[1]};
+  };
+  const bool per_channel = !rows.scale.defined() || rows.scale.numel() == 1 || rows.scale.numel() == node.shape[0];
+  if (rows.unit() && rows.at_start && index_.position.defined() && per_channel) {
+    next.data = dilated(ungrouped(weight, g.groups, input.shape[0]), g.dilation);
+    if (rows.scale.defined()) next.data = next.data * rows.scale.reshape({-1, 1, 1, 1});
+    next.source = {rows.element.floor_divide(node.shape[1] * node.shape[2]), rows.source.negative_from};
+    next.window = moved({false, 1, 1, 1, 0, 1, 0});
+    next.inside = false;
+    return give(node.inputs[0], std::move(next));
+  }
+  rows = written(i, std::move(rows));
+  if (!rows.window.dense) {
+    const Window window = moved(rows.window);
+    if (window.height >= height && window.width >= width) {
+      rows = dense(i, std::move(rows));
+    } else {
+      if (!rows.inside) {  // coefficients of padding must not come back into the image
+        rows.data = relayout_rows(rows.data, rows.source, index_, rows.window, rows.window, node.extent());
+        rows.source = {};
+      }
+      next.data = convolve(rows.data, weight, {g.stride, {0, 0}, g.dilation, {0, 0}, g.groups, true});
+      next.source = rows.source;
+      next.window = window;
+      next.inside = false;
+      return give(node.inputs[0], std::move(next));
+    }
+  }
+  const auto rest = [&](int64_t axis, int64_t size) {
+    return size - ((node.shape[size_t(axis) + 1] - 1) * g.stride[size_t(axis)] - 2 * g.padding[size_t(axis)] +
+                   g.dilation[size_t(axis)] * (weight.size(axis + 2) - 1) + 1);
+  };
+  const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
+  const Pair output_padding{rest(0, height), rest(1, width)};
+  next.data = convolve(image, weight, {g.stride, g.padding, g.dilation, output_padding, g.groups, true});
+  next.source = rows.source;
+  give(node.inputs[0], std::move(next));
+}
+
+void Walk::scale(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  const Tensor factor = context_.scale_of(node);
+  const Tensor term = node.op == Op::BatchNorm ? spread(node, context_.term_of(node)) : Tensor();
+  constants(i, rows, term, context_.charge(i));
+  underflow(node.inputs[0], 1);
+  if (rows.unit()) {
+    const bool matches = !rows.scale.defined() || rows.scale.numel() == factor.numel() || rows.scale.numel() == 1 ||
+                         factor.numel() == 1;
+    if (!rows.scale.defined())
+      rows.scale = factor;
+    else
+      rows.scale = matches ? rows.scale * factor : spread(node, rows.scale) * spread(node, factor);
+    return give(node.inputs[0], std::move(rows));
+  }
+  if (factor.numel() == 1) {
+    rows.data = rows.data * factor;
+  } else if (node.shape.size() > 1 && factor.numel() == node.shape[0] && factor.numel() != node.numel) {
+    if (rows.window.dense) {
+      const int64_t count = rows.data.size(0);
+      rows.data = rows.data.reshape({count, node.shape[0], -1}) * factor.view({1, -1, 1});
+    } else {
+      rows.data = rows.data * factor.view({1, -1, 1, 1});
+    }
+  } else {
+    rows = dense(i, std::move(rows));
+    rows.data = rows.data.flatten(1) * factor.reshape({1, -1});
+  }
+  give(node.inputs[0], std::move(rows));
+}
+
+void Walk::gather(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  const bool filled = node.gather_outside.defined() && node.fill != 0;
+  Tensor fill;
+  if (filled) fill = at::full({node.numel}, node.fill, context_.tensor_options()).masked_fill(~node.gather_outside, 0);
+  constants(i, rows, fill, context_.charge(i));
+  if (rows.unit()) {
+    if (rows.scale.defined() && rows.scale.numel() > 1) {
+      rows = written(i, std::move(rows));
+    } else {
+      const Tensor outside = rows.element.lt(0);
+      rows.element = node.gather.index_select(0, rows.element.clamp_min(0)).masked_fill(outside, -1);
+      rows.at_start = false;
+      return give(node.inputs[0], std::move(rows));
+    }
+  }
+  rows = dense(i, std::move(rows));
+  const int64_t in = context_.program().node(node.inputs[0]).numel;
+  Tensor flat = rows.data.flatten(1), index = node.gather;
+  if (node.gather_outside.defined()) {
+    const Tensor kept = (~node.gather_outside).nonzero().flatten();
+    flat = flat.index_select(1, kept);
+    index = index.index_select(0, kept);
+  }
+  rows.data = at::zeros({flat.size(0), in}, flat.options()).index_add(1, index, flat);
+  rows.at_start = false;
+  give(node.inputs[0], std::move(rows));
+}
+
+void Walk::sum(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  constants(i, rows, {}, context_.charge(i));
+  rows = dense(i, written(i, std::move(rows)));
+  const int64_t terms = context_.program().node(node.inputs[0]).shape.back();
+  underflow(node.inputs[0], 1);
+  Tensor flat = rows.data.flatten(1);
+  if (node.divisor != 1) flat = flat / node.divisor;
+  rows.data = flat.unsqueeze(-1).expand({flat.size(0), flat.size(1), terms}).flatten(1);
+  give(node.inputs[0], std::move(rows));
+}
+
+void Walk::average(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  const Node& input = context_.program().node(node.inputs[0]);
+  constants(i, rows, {}, context_.charge(i));
+  underflow(node.inputs[0], double(node.kernel[0] * node.kernel[1]));
+  rows = dense(i, written(i, std::move(rows)));
+  const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
+  const Tensor shape = at::zeros({1}, image.options())
+                           .expand({image.size(0), input.shape[0], input.shape[1], input.shape[2]});
+  const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
+  rows.data = at::avg_pool2d_backward(image, shape, node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
+                                      node.count_include_pad, divisor);
+  give(node.inputs[0], std::move(rows));
+}
+
+void Walk::pool(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  const PoolLines& lines = context_.pool_lines(i);
+  constants(i, rows, {}, context_.charge(i));
+  underflow(node.inputs[0], double(node.pool_index.size(1)));
+  rows = own(i, dense(i, std::move(rows)));
+  const Tensor flat = rows.data.flatten(1), positive = flat.clamp_min(0), negative = flat.clamp_max(0);
+  const auto of_rows = [&](const Tensor& t) { return t.index_select(0, index_.sample); };
+  const Tensor parts =
+      positive.unsqueeze(-1) * of_rows(lines.lower) + negative.unsqueeze(-1) * of_rows(lines.upper);
+  // 0 * inf of an unbounded ceiling counts as nothing
+  const Tensor ceiling = of_rows(lines.constant);
+  const Tensor term = at::where(negative.eq(0), 0.0, negative * ceiling).to(at::kDouble);
+  const Tensor constant = term.sum(1);
+  const double slack = context_.dtype() == at::kFloat ? 0x1p-24 : 0x1p-53;
+  const Tensor magnitude = term.detach().abs().sum(1);
+  const Tensor error = context_.sound() ? magnitude * (2 * slack) : at::zeros_like(magnitude);
+  sums_ = sums_ + at::cat({constant.unsqueeze(0), magnitude.unsqueeze(0), error.unsqueeze(0)});
+  terms_ += double(node.numel);
+  const int64_t in = context_.program().node(node.inputs[0]).numel;
+  const Tensor kept = node.pool_index.flatten().ge(0).nonzero().flatten();
+  Rows next;
+  next.data = at::zeros({flat.size(0), in}, flat.options())
+                  .index_add(1, node.pool_index.flatten().index_select(0, kept), parts.flatten(1).index_select(1, kept));
+  give(node.inputs[0], std::move(next));
+}
+
+// ---- end ---------------------------------------------------------------------------------------------------------
+
+void Walk::concretise(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  rows = written(i, std::move(rows));
+  const Extent extent = node.extent();
+  const auto& [lower, upper] = context_.box(i);
+  const InputRegion* region = node.op == Op::Input ? &context_.regions()[size_t(node.index)] : nullptr;
+  const bool ball = region != nullptr && region->p != 0;
+  if (any_needs_grad(rows.data, lower, upper) || (ball && any_needs_grad(region->centre, region->eps)))
+    rows = own(i, std::move(rows));
+  const auto flat = [](const Tensor& t) { return t.reshape({t.size(0), -1}); };
+  Tensor value;
+  if (ball) {
+    value = concretize_ball(rows.data, rows.source, index_, rows.window, extent, flat(region->centre), region->eps,
+                            region->p);
+    if (region->clipped) {
+      const Tensor by_box =
+          concretize_box(rows.data, rows.source, index_, rows.window, extent, flat(lower), flat(upper));
+      value = at::cat({at::maximum(value.narrow(0, 0, 1), by_box.narrow(0, 0, 1)),
+                       at::maximum(value.narrow(0, 1, 1), by_box.narrow(0, 1, 1))});
+    }
+  } else {
+    value = concretize_box(rows.data, rows.source, index_, rows.window, extent, flat(lower), flat(upper));
+  }
+  value_ = value_ + value.select(0, 0);
+  value_magnitude_ = value_magnitude_ + value.select(0, 1).detach();
+  terms_ += double(node.numel);
+  if (keep_linear_ && node.op == Op::Input) {
+    const Tensor A = own(i, dense(i, std::move(rows))).data.flatten(1);
+    Tensor& kept = linear_[size_t(node.index)];
+    kept = kept.defined() ? kept + A : A;
+  }
+}
+
+WalkResult Walk::finish() {
+  Tensor error = at::zeros_like(value_), constant_error = error;
+  {
+    at::NoGradGuard no_grad;
+    if (context_.sound()) {
+      // Sums of `terms_` doubles: gamma_N(2^-53) of the magnitudes; charges are inflated for their own roundings.
+      const double of_sums = enabled(Term::BacksubConstant) ? gamma(terms_ + 64, at::kDouble) : 0;
+      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + underflow_;
+      error = constant_error + value_magnitude_ * of_sums;
+    }
+  }
+  const Tensor constant = sums_.select(0, 0), total = constant + value_;
+  const auto outward = [&](const Tensor& plain, const Tensor& charge) {
+    const Tensor low = round_down((plain - charge).detach(), context_.dtype());
+    if (!any_needs_grad(plain)) return low;
+    return Replace::apply(plain.to(context_.dtype()), low);
+  };
+  WalkResult result;
+  result.lower = outward(total, error);
+  if (keep_linear_) {
+    result.constant = outward(constant, constant_error);
+    result.A = linear_;
+  }
+  return result;
+}
+
+}  // namespace pycert::engine

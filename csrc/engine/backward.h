@@ -1,0 +1,75 @@
+// The backward walk: rows of coefficients at a node, replaced step by step by rows at earlier nodes, until nothing but
+// the inputs (or other nodes whose boxes are taken as they are) is left.
+#pragma once
+
+#include "engine/context.h"
+
+namespace pycert::engine {
+
+// Rows at one node: coefficients in a table, or unit rows that pick one element each and are never written out.
+struct Rows {
+  Tensor data;       // [T, *shape or window]; undefined for unit rows
+  RowSource source;  // which table row, and the sign
+  Window window;
+  bool inside = true;  // windows: nothing outside the image is nonzero
+  bool charged = false;  // constants and error charges of this node are in already
+  Tensor element;    // unit rows: [Q] int64, element of the flattened value
+  Tensor scale;      // unit rows: [1], [C] or [n] factor; undefined: 1
+  bool at_start = true;  // unit rows: `element` is still where the row started, so that positions hold
+  bool unit() const { return !data.defined(); }
+};
+
+// What a walk gives for its rows.
+struct WalkResult {
+  Tensor lower;                  // [Q] lower bounds, outward
+  std::vector<Tensor> A;         // per input: [Q, n], with keep_linear
+  Tensor constant;               // [Q] lower constants that go with A, outward
+};
+
+class Walk {
+ public:
+  // stop_at_activations: concretise with the boxes of the first values that are not affine in earlier ones.
+  Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep_linear);
+  WalkResult run(int64_t start, Rows rows);
+
+ private:
+  void step(int64_t i, Rows rows);
+  void give(int64_t i, Rows rows) { pending_[size_t(i)].push_back(std::move(rows)); }
+  Rows merge(int64_t i);
+  bool stops(int64_t i) const;
+  Rows own(int64_t i, Rows rows);                // rows of their own, without source or sign
+  Rows written(int64_t i, Rows rows);            // unit rows written out
+  Rows dense(int64_t i, Rows rows);              // no window, no unit rows
+  void constants(int64_t i, const Rows& rows, const Tensor& bias, const Tensor& charge);
+  void underflow(int64_t i, double terms);
+  void relax(int64_t input, const Lines& lines, Rows rows);  // through an activation of value `input`
+  void linear(int64_t i, Rows rows);
+  void conv(int64_t i, Rows rows);
+  void scale(int64_t i, Rows rows);
+  void gather(int64_t i, Rows rows);
+  void pool(int64_t i, Rows rows);
+  void average(int64_t i, Rows rows);
+  void sum(int64_t i, Rows rows);
+  void concretise(int64_t i, Rows rows);
+  Tensor spread(const Node& node, const Tensor& per_channel) const;  // [1], [C] or [n] to [n]
+  WalkResult finish();
+
+  Context& context_;
+  RowIndex index_;
+  bool stop_at_activations_, keep_linear_;
+  std::vector<std::vector<Rows>> pending_;
+  Tensor sums_;       // [3, Q] double: constant, magnitude, error
+  Tensor value_;      // [Q] double: concretised terms
+  Tensor value_magnitude_;
+  double terms_ = 0;  // number of terms summed, for the error of the sums themselves
+  Tensor underflow_;  // [] double
+  std::vector<Tensor> linear_;
+};
+
+// Bytes and floating-point operations of a walk from `start`, per row.
+struct RowCost {
+  double bytes = 0, flops = 0;
+};
+RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool stop_at_activations);
+
+}  // namespace pycert::engine

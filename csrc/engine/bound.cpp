@@ -1,0 +1,341 @@
+// The methods: which walk is made for which rows, in chunks that fit the memory budget.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/stack.h>
+
+#include <algorithm>
+#include <new>
+
+#include "engine/backward.h"
+
+namespace pycert::engine {
+
+namespace {
+
+// Chunks beyond this gain nothing: the rows leave the cache and every fresh page is paid for.
+constexpr int64_t kChunkBytes = int64_t(96) << 20;
+
+// Calls f(begin, end) over [0, count) in chunks; halves the chunk when memory runs out.
+template <typename F>
+void in_chunks(int64_t count, int64_t chunk, const F& f) {
+  chunk = std::max<int64_t>(1, std::min(chunk, count));
+  for (int64_t begin = 0; begin < count;) {
+    const int64_t end = std::min(count, begin + chunk);
+    try {
+      f(begin, end);
+    } catch (const std::bad_alloc&) {
+      if (chunk == 1) throw;
+      chunk /= 2;
+      continue;
+    } catch (const c10::Error& error) {
+      const std::string what = error.what();
+      const bool memory = what.find("allocate memory") != std::string::npos || what.find("out of memory") != std::string::npos;
+      if (!memory || chunk == 1) throw;
+      chunk /= 2;
+      continue;
+    }
+    begin = end;
+  }
+}
+
+Tensor twice(const Tensor& t, bool both) { return both ? at::cat({t, t}) : t; }
+
+// Rows of one chunk, for one or both sides; a chunk's upper rows are its lower rows negated.
+struct Sides {
+  bool both = true, negated = false;
+  int64_t negative_from(int64_t rows) const { return both ? rows : negated ? 0 : INT64_MAX; }
+  int64_t copies() const { return both ? 2 : 1; }
+};
+
+RowIndex row_index(const Node& node, const Tensor& sample, const Tensor& element, bool both) {
+  RowIndex index;
+  index.sample = twice(sample, both);
+  if (node.image() && element.defined()) {
+    const int64_t width = node.shape[2], pixels = node.shape[1] * width;
+    const Tensor pixel = element.remainder(pixels);
+    index.position = twice(at::stack({pixel.floor_divide(width), pixel.remainder(width)}, 1), both);
+  }
+  return index;
+}
+
+}  // namespace
+
+RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool stop_at_activations) {
+  const Program& program = context.program();
+  struct State {
+    bool here = false, unit = false;
+    Window window;
+  };
+  std::vector<State> states(program.nodes().size());
+  states[size_t(start)] = {true, unit_rows, Window()};
+  RowCost cost;
+  double held = 0;
+  const auto size_of = [&](int64_t i) {
+    const State& s = states[size_t(i)];
+    const Node& node = program.node(i);
+    if (s.unit) return 0.0;
+    return s.window.dense ? double(node.numel) : double(node.shape[0] * s.window.height * s.window.width);
+  };
+  const auto give = [&](int64_t to, bool unit, Window window) {
+    State& s = states[size_t(to)];
+    const Node& node = program.node(to);
+    if (!window.dense && (!node.image() || (window.height >= node.shape[1] && window.width >= node.shape[2])))
+      window = Window();
+    if (s.here) {
+      held -= size_of(to);
+      const bool grid = !window.dense && !s.window.dense;
+      s.window = grid ? Window{false, std::max(window.height, s.window.height), std::max(window.width, s.window.width),
+                               window.stride_y, window.offset_y, window.stride_x, window.offset_x}
+                      : Window();
+      s.unit = false;
+    } else {
+      s = {true, unit, window};
+    }
+    held += size_of(to);
+  };
+  for (int64_t i = start; i >= 0; --i) {
+    const State s = states[size_t(i)];
+    if (!s.here) continue;
+    const Node& node = program.node(i);
+    const double size = size_of(i);
+    cost.flops += 4 * size;
+    const bool stop = node.op == Op::Input || !node.depends_on_input || (stop_at_activations && !is_affine(node.op));
+    if (stop) {
+      held -= size;
+      continue;
+    }
+    const Window pixel{false, 1, 1, 1, 0, 1, 0};
+    switch (node.op) {
+      case Op::Linear: {
+        const Node& input = program.node(node.inputs[0]);
+        give(node.inputs[0], false, Window());
+        if (!s.unit) cost.flops += 2.0 * double(node.numel) * double(input.shape.back());
+        break;
+      }
+      case Op::Conv: {
+        const Tensor w = context.weight(node);
+        const Window from = s.unit && node.image() ? pixel : s.window;
+        Window to;
+        if (!from.dense && !node.conv.transposed) {
+          to = from;
+          to.height = (from.height - 1) * node.conv.stride[0] + (w.size(2) - 1) * node.conv.dilation[0] + 1;
+          to.width = (from.width - 1) * node.conv.stride[1] + (w.size(3) - 1) * node.conv.dilation[1] + 1;
+        }
+        give(node.inputs[0], false, to);
+        if (!s.unit) cost.flops += 2.0 * size * double(w.numel() / w.size(0));
+        break;
+      }
+      case Op::Add:
+        give(node.inputs[0], s.unit, s.window);
+        give(node.inputs[1], s.unit, s.window);
+        break;
+      case Op::BatchNorm: case Op::MulConst: case Op::DivConst: case Op::AddConst:
+        give(node.inputs[0], s.unit, s.window);
+        break;
+      case Op::Reshape: case Op::Gather:
+        give(node.inputs[0], s.unit, Window());
+        break;
+      case Op::Concat: case Op::Sum: case Op::AvgPool: case Op::MaxPool:
+        for (int64_t input : node.inputs) give(input, false, Window());
+        break;
+      case Op::Max2: case Op::Min2:
+        give(node.op == Op::Max2 ? node.inputs[1] : node.inputs[0], false, s.unit && node.image() ? pixel : s.window);
+        give(node.inputs[2], false, s.unit && node.image() ? pixel : s.window);
+        break;
+      default:
+        give(node.inputs[0], false, s.unit && node.image() ? pixel : s.window);
+        break;
+    }
+    cost.bytes = std::max(cost.bytes, held);
+    held -= size;
+  }
+  // coefficients, and the few numbers kept of every row
+  cost.bytes = cost.bytes * double(c10::elementSize(context.dtype())) + 128;
+  return cost;
+}
+
+void Context::refine(int64_t i, bool all) {
+  const Node& node = program_.node(i);
+  const auto& [old_lower, old_upper] = box(i);
+  Tensor sample, element;
+  if (all) {
+    const Tensor row = at::arange(batch_ * node.numel, at::kLong);
+    sample = row.floor_divide(node.numel);
+    element = row.remainder(node.numel);
+  } else {
+    const Tensor rows = unstable(i);
+    sample = rows.select(1, 0).contiguous();
+    element = rows.select(1, 1).contiguous();
+  }
+  if (sample.size(0) == 0) return;
+  const RowCost cost = row_cost(*this, i, true, false);
+  std::vector<Tensor> lowers, uppers;
+  in_chunks(sample.size(0), int64_t(double(std::min(options_.memory, kChunkBytes)) / (2 * cost.bytes)),
+            [&](int64_t begin, int64_t end) {
+              const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
+              Walk walk(*this, row_index(node, s, e, true), false, false);
+              Rows rows;
+              rows.element = twice(e, true);
+              rows.source.negative_from = end - begin;
+              const Tensor values = walk.run(i, std::move(rows)).lower;
+              lowers.push_back(values.narrow(0, 0, end - begin));
+              uppers.push_back(-values.narrow(0, end - begin, end - begin));
+            });
+  Tensor lower = at::cat(lowers), upper = at::cat(uppers);
+  const Tensor flat_lower = old_lower.reshape({batch_, -1}), flat_upper = old_upper.reshape({batch_, -1});
+  if (all || options_.intersect) {
+    lower = at::maximum(lower, flat_lower.index({sample, element}));
+    upper = at::minimum(upper, flat_upper.index({sample, element}));
+  }
+  boxes_[size_t(i)] = {flat_lower.index_put({sample, element}, lower).view(old_lower.sizes()),
+                       flat_upper.index_put({sample, element}, upper).view(old_upper.sizes())};
+}
+
+namespace {
+
+// Lower and upper bounds of the specification's rows by one walk from the output.
+BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool stop_at_activations,
+                         bool keep_linear) {
+  const int64_t output = context.program().output(), batch = context.batch();
+  const Node& node = context.program().node(output);
+  const int64_t count = spec.has_value() ? spec->count : node.numel, total = batch * count;
+  const Side side = context.options().side;
+  const Sides sides{side == Side::Both, side == Side::Upper};
+  const RowCost cost = row_cost(context, output, !spec.has_value(), stop_at_activations);
+  const int64_t memory = std::min(context.options().memory, kChunkBytes * 4);
+  const int64_t chunk = context.grad() ? total : int64_t(double(memory) / (double(sides.copies()) * cost.bytes));
+  std::vector<Tensor> lowers, uppers, low_constants, up_constants;
+  const size_t inputs = size_t(context.program().input_count());
+  std::vector<std::vector<Tensor>> low_A(inputs), up_A(inputs);
+  in_chunks(total, chunk, [&](int64_t begin, int64_t end) {
+    const int64_t rows_here = end - begin;
+    const Tensor row = at::arange(begin, end, at::kLong);
+    const Tensor sample = row.floor_divide(count);
+    Rows rows;
+    rows.source.negative_from = sides.negative_from(rows_here);
+    Tensor element;
+    if (!spec.has_value()) {
+      element = row.remainder(count);
+      rows.element = twice(element, sides.both);
+    } else if (spec->source.defined()) {
+      rows.data = spec->rows;
+      rows.source.source = twice(spec->source.narrow(0, begin, rows_here), sides.both);
+    } else {
+      rows.data = spec->rows.narrow(0, begin, rows_here);
+      if (sides.both) rows.source.source = twice(at::arange(rows_here, at::kLong), true);
+    }
+    Walk walk(context, row_index(node, sample, element, sides.both), stop_at_activations, keep_linear);
+    WalkResult result = walk.run(output, std::move(rows));
+    const auto take = [&](const Tensor& t, bool upper) {
+      if (!t.defined()) return t;
+      const Tensor part = sides.both ? t.narrow(0, upper ? rows_here : 0, rows_here) : t;
+      return upper ? -part : part;
+    };
+    const auto collect = [&](bool upper, std::vector<Tensor>& values, std::vector<Tensor>& constants,
+                             std::vector<std::vector<Tensor>>& A) {
+      values.push_back(take(result.lower, upper));
+      if (!keep_linear) return;
+      constants.push_back(take(result.constant, upper));
+      for (size_t j = 0; j < inputs; ++j)
+        if (result.A[j].defined()) A[j].push_back(take(result.A[j], upper));
+    };
+    if (side != Side::Upper) collect(false, lowers, low_constants, low_A);
+    if (side != Side::Lower) collect(true, uppers, up_constants, up_A);
+  });
+  const auto join = [](const std::vector<Tensor>& parts, at::IntArrayRef shape) {
+    if (parts.empty()) return Tensor();
+    return (parts.size() == 1 ? parts[0] : at::cat(parts)).view(shape);
+  };
+  std::vector<int64_t> shape{batch};
+  if (spec.has_value())
+    shape.push_back(count);
+  else
+    shape.insert(shape.end(), node.shape.begin(), node.shape.end());
+  BoundsResult out;
+  out.lower = join(lowers, shape);
+  out.upper = join(uppers, shape);
+  if (!keep_linear) return out;
+  out.c_lower = join(low_constants, {batch, count});
+  out.c_upper = join(up_constants, {batch, count});
+  for (size_t j = 0; j < inputs; ++j) {
+    out.A_lower.push_back(join(low_A[j], {batch, count, -1}));
+    out.A_upper.push_back(join(up_A[j], {batch, count, -1}));
+  }
+  return out;
+}
+
+}  // namespace
+
+BoundsResult Context::bound(const std::optional<Spec>& spec) {
+  const int64_t output = program_.output();
+  const bool ibp = options_.method == Method::Ibp;
+  // The output's own box is needed for an interval answer, or where its charge reads it.
+  const bool skip = !ibp && !(options_.intersect && !spec.has_value()) && program_.node(output).op == Op::Linear;
+  propagate(skip || (ibp && spec.has_value() && program_.node(output).op == Op::Linear) ? output - 1 : output);
+  const auto interval = [&]() -> BoundsResult {
+    if (spec.has_value()) return walk_output(*this, spec, true, false);
+    BoundsResult out;
+    const auto& [lower, upper] = box(output);
+    if (options_.side != Side::Upper) out.lower = lower;
+    if (options_.side != Side::Lower) out.upper = upper;
+    return out;
+  };
+  if (ibp) return interval();
+  BoundsResult out = walk_output(*this, spec, false, options_.return_linear);
+  if (options_.intersect) {
+    const BoundsResult other = interval();
+    if (out.lower.defined()) out.lower = at::maximum(out.lower, other.lower);
+    if (out.upper.defined()) out.upper = at::minimum(out.upper, other.upper);
+  }
+  return out;
+}
+
+std::vector<std::pair<int64_t, Box>> Context::layer_bounds() {
+  std::vector<std::pair<int64_t, Box>> out;
+  if (program_.preactivations().empty()) return out;
+  propagate(program_.preactivations().back());
+  for (int64_t i : program_.preactivations()) out.emplace_back(i, box(i));
+  return out;
+}
+
+// Rows are counted on interval bounds; a row's bytes and operations follow the windows it goes through.
+std::pair<double, double> Context::estimate(const std::optional<Spec>& spec) {
+  at::NoGradGuard no_grad;
+  const Options asked = options_;
+  options_.method = asked.method == Method::Crown ? Method::CrownIbp : asked.method;
+  propagate(program_.output());
+  options_ = asked;
+  double held = 0, flops = 0, chunk_bytes = 0;
+  const double element = double(c10::elementSize(dtype_)), batch = double(batch_);
+  double widest = 0;
+  for (const Node& node : program_.nodes()) {
+    held += 2 * element * batch * double(node.numel);
+    if (node.op == Op::Linear || node.op == Op::Conv) {
+      const Tensor w = weight(node);
+      const double macs = node.op == Op::Linear ? double(node.numel) * double(w.size(1))
+                                                : double(node.numel) * double(w.numel()) / double(w.size(0));
+      flops += 4 * batch * macs;
+      widest = std::max(widest, element * (double(w.numel()) + 4 * batch * double(node.numel)));
+    }
+  }
+  const auto walk = [&](int64_t start, double rows, bool unit, int64_t copies, bool stop, int64_t cap) {
+    const RowCost cost = row_cost(*this, start, unit, stop);
+    flops += rows * double(copies) * cost.flops;
+    const double limit = double(std::min(options_.memory, cap));
+    chunk_bytes = std::max(chunk_bytes, std::min(limit, rows * double(copies) * cost.bytes));
+  };
+  if (options_.method == Method::Crown)
+    for (int64_t i : program_.preactivations())
+      if (!program_.node(i).interval_exact) walk(i, double(unstable(i).size(0)), true, 2, false, kChunkBytes);
+  const bool ibp = options_.method == Method::Ibp;
+  if (!ibp || spec.has_value()) {
+    const double rows = batch * double(spec.has_value() ? spec->count : program_.node(program_.output()).numel);
+    walk(program_.output(), rows, !spec.has_value(), options_.side == Side::Both ? 2 : 1, ibp, kChunkBytes * 4);
+  }
+  return {held + std::max(widest, chunk_bytes), flops};
+}
+
+}  // namespace pycert::engine

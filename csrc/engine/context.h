@@ -1,0 +1,130 @@
+// One call: the program, the parameters, the region, the options, and what has been computed so far.
+#pragma once
+
+#include <unordered_map>
+
+#include "engine/program.h"
+
+namespace pycert::engine {
+
+enum class Method : int64_t { Ibp, CrownIbp, Crown };
+enum class Side : int64_t { Both, Lower, Upper };
+
+// Lines of a user-defined activation and its image of a box, computed by the caller: (name, lower, upper, ...).
+using CustomLines = std::function<std::array<Tensor, 4>(const std::string&, const Tensor&, const Tensor&, int64_t slope,
+                                                        bool deployed)>;
+using CustomInterval = std::function<std::array<Tensor, 2>(const std::string&, const Tensor&, const Tensor&,
+                                                           bool deployed)>;
+
+struct Options {
+  Method method = Method::Ibp;
+  int64_t slope = 0;  // pycert::Slope
+  Soundness soundness = Soundness::Deployed;
+  Side side = Side::Both;
+  bool intersect = false;
+  bool return_linear = false;
+  int64_t memory = int64_t(1) << 30;  // bytes for the rows of one chunk
+  std::vector<bool> training;         // of every BatchNorm
+  std::function<void()> interrupt = [] {};
+  CustomLines custom_lines;
+  CustomInterval custom_interval;
+};
+
+// Inputs of the network: a box that encloses the region, and for p = 1, 2 the ball.
+struct InputRegion {
+  Tensor lower, upper;  // [B, *shape]
+  Tensor centre, eps;   // [B, *shape], [B]; undefined for boxes
+  int64_t p = 0;        // 0: a box (or an l_inf ball)
+  bool clipped = false; // the ball is cut by a box that [lower, upper] includes
+};
+
+struct Lines {
+  Tensor lower_slope, lower_intercept, upper_slope, upper_intercept;  // [B, n]; lower_intercept undefined: 0
+};
+
+// Least lines of max-pooling: one coefficient for the lower bound, K for the upper, per output.
+struct PoolLines {
+  Tensor lower, upper, constant;  // [B, n, K], [B, n, K], [B, n]
+};
+
+struct BoundsResult {
+  Tensor lower, upper;                          // [B, S] or [B, *out]; undefined where not asked for
+  std::vector<Tensor> A_lower, A_upper;         // return_linear, one per input: [B, S, n]; undefined if unused
+  Tensor c_lower, c_upper;                      // [B, S]
+};
+
+// How a row's start is given at the output.
+struct Spec {
+  Tensor rows;    // [T, n_out]
+  Tensor source;  // [B * S] int64: row of `rows` for (sample, spec); undefined: rows are [B * S, n_out]
+  int64_t count = 0;  // S
+};
+
+class Context {
+ public:
+  Context(const Program& program, std::vector<Tensor> params, std::vector<InputRegion> regions, Options options);
+
+  // bound.cpp
+  BoundsResult bound(const std::optional<Spec>& spec);
+  std::vector<std::pair<int64_t, Box>> layer_bounds();
+  std::pair<double, double> estimate(const std::optional<Spec>& spec);  // peak bytes, FLOPs
+
+  // forward.cpp
+  void propagate(int64_t last);               // interval (and refined) bounds of nodes 0..last
+  const Box& box(int64_t i) const { return boxes_[size_t(i)]; }
+  Tensor absolute(int64_t i);                 // [n]: largest |value| over the batch
+  Tensor scale_of(const Node& node) const;    // factor of MulConst, DivConst, BatchNorm: [1], [C] or [n]
+  Tensor term_of(const Node& node) const;     // what AddConst or BatchNorm adds
+  Tensor magnitude_of(const Node& node) const;
+  double own_gamma(double n) const { return gamma(n, dtype_); }
+  bool sound() const { return options_.soundness != Soundness::None; }
+  bool deployed() const { return options_.soundness == Soundness::Deployed; }
+  bool grad() const { return grad_; }
+  int64_t extra_terms(int64_t i) const;       // 8 where a BatchNorm that may be folded in follows
+  Tensor weight(const Node& node) const;      // conv: 4-dimensional
+  Tensor bias(const Node& node) const { return param(node, 1); }
+  Tensor param(const Node& node, size_t i) const;
+
+  // relax.cpp
+  const Lines& lines(int64_t activation);      // of an elementwise activation
+  const Lines& relu_lines(int64_t value);      // of relu at a value (max2, min2)
+  const PoolLines& pool_lines(int64_t pool);
+  Tensor charge(int64_t i);                    // [n]: error of a back-substitution step through affine node i
+  Tensor relax_charge(int64_t i, bool with_node);
+
+  const Program& program() const { return program_; }
+  const Options& options() const { return options_; }
+  const std::vector<InputRegion>& regions() const { return regions_; }
+  int64_t batch() const { return batch_; }
+  at::TensorOptions tensor_options() const { return regions_[0].lower.options(); }
+  at::ScalarType dtype() const { return dtype_; }
+
+ private:
+  Box interval_step(int64_t i);
+  Box custom_step(const Node& node, const Box& in);
+  Box reduced(const Node& node, const Box& in);
+  void batch_statistics();
+  void refine(int64_t i, bool all);
+  Tensor unstable(int64_t i) const;
+  Tensor affine_charge(const Node& node, int64_t i);
+
+  const Program& program_;
+  std::vector<Tensor> params_;
+  std::vector<InputRegion> regions_;
+  Options options_;
+  int64_t batch_;
+  at::ScalarType dtype_;
+  bool grad_;
+  std::vector<Box> boxes_;
+  int64_t done_ = 0;
+  std::vector<std::array<Tensor, 2>> statistics_;  // of BatchNorms in training: mean, variance
+  std::unordered_map<int64_t, Lines> lines_, relu_lines_;
+  std::unordered_map<int64_t, PoolLines> pool_lines_;
+  std::unordered_map<int64_t, Tensor> absolute_, charges_, relax_charges_;
+};
+
+// Values of every node for concrete inputs; BatchNorms in training use (and return) the statistics of the batch.
+std::vector<Tensor> evaluate(const Context& context, const std::vector<Tensor>& inputs,
+                             std::vector<std::array<Tensor, 2>>* statistics);
+
+}  // namespace pycert::engine

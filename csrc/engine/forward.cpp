@@ -1,0 +1,329 @@
+// The forward walk: the box of every value, by interval arithmetic.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/avg_pool2d.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/max_pool2d.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/var_mean.h>
+#include <ATen/ops/where.h>
+
+#include <limits>
+
+#include "engine/context.h"
+#include "ops/relaxation.h"
+#include "ops/testing.h"
+
+namespace pycert::engine {
+
+namespace {
+
+// Number of roundings charged for an elementwise step: our own, and those of the network's execution.
+double kappa(double own, double deployed, const Context& c) {
+  if (!c.sound() || !enabled(Term::Residual)) return 0;
+  return c.own_gamma(own + (c.deployed() ? deployed : 0));
+}
+
+std::vector<int64_t> batched(int64_t batch, const std::vector<int64_t>& shape) {
+  std::vector<int64_t> out{batch};
+  out.insert(out.end(), shape.begin(), shape.end());
+  return out;
+}
+
+// A tensor that broadcasts to `shape` as [1], one per channel (first dimension), or one per element.
+Tensor canonical(const Tensor& t, const Node& node) {
+  if (t.numel() == 1) return t.reshape({1});
+  const auto dims = int64_t(node.shape.size());
+  const bool per_channel = t.dim() == dims && dims > 1 && t.size(0) == node.shape[0] && t.numel() == t.size(0);
+  if (per_channel) return t.reshape({-1});
+  return t.expand(node.shape).reshape({-1});
+}
+
+}  // namespace
+
+Context::Context(const Program& program, std::vector<Tensor> params, std::vector<InputRegion> regions, Options options)
+    : program_(program),
+      params_(std::move(params)),
+      regions_(std::move(regions)),
+      options_(std::move(options)),
+      batch_(regions_.at(0).lower.size(0)),
+      dtype_(regions_.at(0).lower.scalar_type()),
+      boxes_(program.nodes().size()) {
+  grad_ = at::GradMode::is_enabled();
+  if (grad_) {
+    grad_ = false;
+    for (const Tensor& p : params_) grad_ = grad_ || p.requires_grad();
+    for (const InputRegion& r : regions_)
+      for (const Tensor& t : {r.lower, r.upper, r.centre, r.eps}) grad_ = grad_ || (t.defined() && t.requires_grad());
+  }
+  batch_statistics();
+}
+
+Tensor Context::param(const Node& node, size_t i) const {
+  if (i >= node.params.size() || node.params[i] < 0) return {};
+  const Tensor& p = params_[size_t(node.params[i])];
+  TORCH_CHECK_VALUE(p.device() == regions_[0].lower.device(), "bound: '", node.path, "' is on ", p.device(),
+                    ", the region on ", regions_[0].lower.device());
+  if (p.scalar_type() == dtype_) return p;
+  const bool elementwise = node.op == Op::MulConst || node.op == Op::DivConst || node.op == Op::AddConst ||
+                           node.op == Op::Constant;
+  TORCH_CHECK_TYPE(elementwise, "bound: '", node.path, "' has parameters of dtype ", p.scalar_type(),
+                   ", the region has ", dtype_, "; convert one of them");
+  return p.to(dtype_);
+}
+
+Tensor Context::weight(const Node& node) const {
+  Tensor w = param(node, 0);
+  return node.op == Op::Conv && w.dim() == 3 ? w.unsqueeze(2) : w;
+}
+
+int64_t Context::extra_terms(int64_t i) const {
+  for (int64_t c : program_.node(i).consumers)
+    if (program_.node(c).op == Op::BatchNorm) return 8;
+  return 0;
+}
+
+// weight / sqrt(var + eps), relative error at most 4 roundings
+Tensor Context::scale_of(const Node& node) const {
+  if (node.op == Op::BatchNorm) {
+    const Tensor variance = options_.training[size_t(node.module)] ? statistics_[size_t(node.module)][1] : param(node, 3);
+    Tensor scale = at::rsqrt(variance + node.eps);
+    const Tensor w = param(node, 0);
+    return w.defined() ? scale * w : scale;
+  }
+  Tensor factor = param(node, 0);
+  if (!factor.defined()) factor = at::full({1}, *node.value, tensor_options());
+  if (node.op == Op::DivConst) factor = factor.reciprocal();
+  return canonical(factor, node);
+}
+
+Tensor Context::term_of(const Node& node) const {
+  if (node.op == Op::BatchNorm) {
+    const Tensor mean = options_.training[size_t(node.module)] ? statistics_[size_t(node.module)][0] : param(node, 2);
+    const Tensor b = param(node, 1), shift = mean * scale_of(node);
+    return b.defined() ? b - shift : -shift;
+  }
+  const Tensor term = param(node, 0);
+  if (!term.defined()) return at::full({1}, double(node.sign) * *node.value, tensor_options());
+  return canonical(node.sign > 0 ? term : -term, node);
+}
+
+// |scale mean| + |bias|: what the roundings of a BatchNorm's shift are relative to.
+Tensor Context::magnitude_of(const Node& node) const {
+  at::NoGradGuard no_grad;
+  if (node.op != Op::BatchNorm) return term_of(node).abs();
+  const Tensor mean = options_.training[size_t(node.module)] ? statistics_[size_t(node.module)][0] : param(node, 2);
+  const Tensor b = param(node, 1), shift = (mean * scale_of(node)).abs();
+  return b.defined() ? shift + b.abs() : shift;
+}
+
+// Certified training normalises with the statistics of the clean batch, with gradient.
+void Context::batch_statistics() {
+  bool any = false;
+  for (bool training : options_.training) any = any || training;
+  if (!any) return;
+  std::vector<Tensor> centres;
+  for (const InputRegion& r : regions_) centres.push_back(r.centre.defined() ? r.centre : (r.lower + r.upper) / 2);
+  statistics_.resize(options_.training.size());
+  evaluate(*this, centres, &statistics_);
+}
+
+// Sums over several elements by ATen, widened by gamma times the sum of magnitudes.
+Box Context::reduced(const Node& node, const Box& in) {
+  const auto& [lower, upper] = in;
+  double terms = 0;
+  const auto reduce = [&](const Tensor& t) {
+    if (node.op == Op::Sum) return node.divisor == 1 ? t.sum(-1) : t.sum(-1) / node.divisor;
+    const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
+    return at::avg_pool2d(t, node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode, node.count_include_pad,
+                          divisor);
+  };
+  terms = node.op == Op::Sum ? double(lower.size(-1)) : double(node.kernel[0] * node.kernel[1]);
+  const Tensor low = reduce(lower), high = reduce(upper);
+  if (!sound()) return {low, high};
+  at::NoGradGuard no_grad;
+  const Tensor size = reduce(at::maximum(lower.detach().abs(), upper.detach().abs()));
+  const double k = kappa(terms + 6, terms + 2, *this), tiny = lower.scalar_type() == at::kFloat ? 0x1p-125 : 0x1p-1021;
+  const Tensor slack = size * (k * (1 + 1e-5)) + (terms + 2) * tiny;
+  at::AutoGradMode with_grad(grad_);
+  return interval_add(low, high, -slack, slack, false, kappa(4, 0, *this), true);
+}
+
+Box Context::custom_step(const Node& node, const Box& in) {
+  TORCH_CHECK_VALUE(bool(options_.custom_interval), "bound: no callback for the custom activation '", node.name, "'");
+  const auto out = options_.custom_interval(node.name, std::get<0>(in), std::get<1>(in), deployed());
+  return {out[0], out[1]};
+}
+
+namespace {
+
+int64_t kind_of(Op op) {
+  switch (op) {
+    case Op::LeakyRelu: return int64_t(Activation::LeakyRelu);
+    case Op::PRelu: return int64_t(Activation::PRelu);
+    case Op::Clamp: return int64_t(Activation::Clamp);
+    case Op::Sigmoid: return int64_t(Activation::Sigmoid);
+    case Op::Tanh: return int64_t(Activation::Tanh);
+    case Op::Abs: return int64_t(Activation::Abs);
+    default: return int64_t(Activation::Relu);
+  }
+}
+
+Tensor gathered(const Tensor& t, const Node& node, int64_t batch) {
+  Tensor out = t.reshape({batch, -1}).index_select(1, node.gather_clamped);
+  if (node.gather_outside.defined()) out = out.masked_fill(node.gather_outside, node.fill);
+  return out.view(batched(batch, node.shape));
+}
+
+}  // namespace
+
+Box Context::interval_step(int64_t i) {
+  const Node& node = program_.node(i);
+  const auto both = [&](const auto& f) {
+    const Box& in = box(node.inputs[0]);
+    return Box{f(std::get<0>(in)), f(std::get<1>(in))};
+  };
+  switch (node.op) {
+    case Op::Input: {
+      const InputRegion& r = regions_[size_t(node.index)];
+      return {r.lower, r.upper};
+    }
+    case Op::Constant: {
+      const Tensor value = param(node, 0).expand(batched(batch_, node.shape));
+      return {value, value};
+    }
+    case Op::Linear: {
+      const auto& [l, u] = box(node.inputs[0]);
+      return interval_linear(l, u, weight(node), optional_of(bias(node)), options_.soundness, extra_terms(i));
+    }
+    case Op::Conv: {
+      const auto& [l, u] = box(node.inputs[0]);
+      return interval_conv2d(l, u, weight(node), optional_of(bias(node)), node.conv, options_.soundness,
+                             extra_terms(i));
+    }
+    case Op::BatchNorm: {
+      const auto& [l, u] = box(node.inputs[0]);
+      return interval_scale(l, u, scale_of(node), term_of(node), magnitude_of(node), kappa(10, 10, *this), sound());
+    }
+    case Op::MulConst: {
+      const auto& [l, u] = box(node.inputs[0]);
+      const bool exact = node.value.has_value() && std::abs(*node.value) == 1;
+      return interval_scale(l, u, scale_of(node), {}, {}, exact ? 0 : kappa(4, 2, *this), sound());
+    }
+    case Op::DivConst: {
+      const auto& [l, u] = box(node.inputs[0]);
+      return interval_scale(l, u, scale_of(node), {}, {}, kappa(6, 3, *this), sound());
+    }
+    case Op::AddConst: {
+      const auto& [l, u] = box(node.inputs[0]);
+      return interval_scale(l, u, {}, term_of(node), {}, kappa(5, 2, *this), sound());
+    }
+    case Op::Add: {
+      const auto& [al, au] = box(node.inputs[0]);
+      const auto& [bl, bu] = box(node.inputs[1]);
+      return interval_add(al, au, bl, bu, node.sign < 0, kappa(4, 1, *this), sound());
+    }
+    case Op::Sum: case Op::AvgPool:
+      return reduced(node, box(node.inputs[0]));
+    case Op::MaxPool:
+      return both([&](const Tensor& t) {
+        return at::max_pool2d(t, node.kernel, node.conv.stride, node.conv.padding, node.conv.dilation, node.ceil_mode);
+      });
+    case Op::Max2: case Op::Min2: {
+      const auto& [al, au] = box(node.inputs[0]);
+      const auto& [bl, bu] = box(node.inputs[1]);
+      if (node.op == Op::Max2) return {at::maximum(al, bl), at::maximum(au, bu)};
+      return {at::minimum(al, bl), at::minimum(au, bu)};
+    }
+    case Op::Reshape:
+      return both([&](const Tensor& t) { return t.reshape(batched(batch_, node.shape)); });
+    case Op::Gather:
+      return both([&](const Tensor& t) { return gathered(t, node, batch_); });
+    case Op::Concat: {
+      std::vector<Tensor> lower, upper;
+      for (int64_t j : node.inputs) {
+        lower.push_back(std::get<0>(box(j)).reshape({batch_, -1}));
+        upper.push_back(std::get<1>(box(j)).reshape({batch_, -1}));
+      }
+      const auto shape = batched(batch_, node.shape);
+      return {at::cat(lower, 1).view(shape), at::cat(upper, 1).view(shape)};
+    }
+    case Op::Relu:
+      return both([](const Tensor& t) { return at::relu(t); });
+    case Op::Custom:
+      return custom_step(node, box(node.inputs[0]));
+    default: {
+      const auto& [l, u] = box(node.inputs[0]);
+      const bool clamp = node.op == Op::Clamp;
+      return activation_interval(l, u, kind_of(node.op), optional_of(param(node, 0)), clamp ? node.minimum : node.slope,
+                                 clamp ? node.maximum : 0.0, deployed());
+    }
+  }
+}
+
+// Which bounds back-substitution must find: rows where the relaxations that read them are not exact already.
+Tensor Context::unstable(int64_t i) const {
+  at::NoGradGuard no_grad;
+  const Tensor lower = std::get<0>(box(i)).reshape({batch_, -1}), upper = std::get<1>(box(i)).reshape({batch_, -1});
+  Tensor mask;
+  const auto add = [&](const Tensor& m) { mask = mask.defined() ? mask.logical_or(m) : m; };
+  for (int64_t c : program_.node(i).consumers) {
+    const Node& consumer = program_.node(c);
+    switch (consumer.op) {
+      case Op::Max2: case Op::Min2:
+        if (consumer.inputs[2] != i) break;
+        [[fallthrough]];
+      case Op::Relu: case Op::Abs: case Op::LeakyRelu: case Op::PRelu:
+        add(lower.lt(0).logical_and_(upper.gt(0)));
+        break;
+      case Op::Clamp:
+        add(lower.lt(consumer.minimum).logical_and_(upper.gt(consumer.minimum)).logical_or_(
+            lower.lt(consumer.maximum).logical_and_(upper.gt(consumer.maximum))));
+        break;
+      case Op::Sigmoid: case Op::Tanh: case Op::Custom: case Op::MaxPool:
+        add(lower.lt(upper));
+        break;
+      default:
+        break;
+    }
+  }
+  return mask.nonzero();  // [R, 2]: sample, element; sorted by sample
+}
+
+void Context::propagate(int64_t last) {
+  const bool crown = options_.method == Method::Crown;
+  const bool ball = [&] {
+    for (const InputRegion& r : regions_)
+      if (r.p != 0) return true;
+    return false;
+  }();
+  for (; done_ <= last; ++done_) {
+    const int64_t i = done_;
+    options_.interrupt();
+    const Node& node = program_.node(i);
+    boxes_[size_t(i)] = interval_step(i);
+    if (!node.depends_on_input) continue;
+    // A ball's first affine layer by its dual norm: interval arithmetic would take the box around the ball.
+    const bool first_of_ball = ball && node.mixings == 1 && (node.op == Op::Linear || node.op == Op::Conv);
+    if (first_of_ball) refine(i, true);
+    if (crown && program_.is_preactivation(i) && !(node.interval_exact && (!ball || node.mixings == 0))) {
+      if (!(first_of_ball && node.interval_exact)) refine(i, false);
+    }
+  }
+}
+
+Tensor Context::absolute(int64_t i) {
+  auto [found, fresh] = absolute_.try_emplace(i);
+  if (fresh) {
+    at::NoGradGuard no_grad;
+    const auto& [lower, upper] = box(i);
+    found->second = at::maximum(lower.detach().abs().amax(0), upper.detach().abs().amax(0)).reshape({-1});
+  }
+  return found->second;
+}
+
+}  // namespace pycert::engine

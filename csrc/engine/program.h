@@ -1,0 +1,78 @@
+// A traced network: a flat list of operators over parameters that are handed in at each call. The table of operators
+// stands in pycert/graph/ir.py. A value's batch dimension is never written down.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <functional>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/backsub.h"
+#include "ops/interval.h"
+
+namespace pycert::engine {
+
+using at::Tensor;
+
+enum class Op {
+  Input, Constant, Linear, Conv, BatchNorm, MulConst, DivConst, AddConst, Add, Sum, AvgPool, MaxPool, Max2, Min2,
+  Reshape, Gather, Concat, Relu, Abs, Sigmoid, Tanh, LeakyRelu, PRelu, Clamp, Custom
+};
+
+struct Node {
+  Op op = Op::Input;
+  std::vector<int64_t> inputs;
+  std::vector<int64_t> shape;
+  std::vector<int64_t> params;
+  std::string path, name;  // name: of a custom activation
+  ConvGeometry conv;       // stride, padding, dilation also of pools
+  Pair kernel{1, 1};
+  bool ceil_mode = false, count_include_pad = true;
+  int64_t divisor_override = 0;
+  double eps = 0, divisor = 1, slope = 0, fill = 0;
+  double minimum = -std::numeric_limits<double>::infinity(), maximum = std::numeric_limits<double>::infinity();
+  std::optional<double> value;
+  int64_t sign = 1, index = 0, module = 0;
+  Tensor gather;  // int64, one entry per output element
+
+  int64_t numel = 1;
+  std::vector<int64_t> consumers;
+  bool depends_on_input = false;
+  int64_t mixings = 0;        // affine layers that mix elements on the way from the input; large once non-affine
+  bool interval_exact = false;  // the interval bound over a box is exact: at most one mixing layer, no activation
+  Tensor pool_index;          // MaxPool: [numel, K] positions in the flattened input, -1 for padding
+  Tensor gather_clamped, gather_outside;  // Gather: index with 0 for -1; mask of -1, undefined where there is none
+  int64_t multiplicity = 1;   // Gather: how often one element stands in the result at most
+
+  Extent extent() const;
+  bool image() const { return shape.size() == 3; }
+};
+
+bool is_affine(Op op);
+bool is_activation(Op op);  // elementwise, relaxed by two lines
+
+class Program {
+ public:
+  Program(std::vector<Node> nodes, int64_t output);
+  const std::vector<Node>& nodes() const { return nodes_; }
+  const Node& node(int64_t i) const { return nodes_[size_t(i)]; }
+  int64_t output() const { return output_; }
+  int64_t input_count() const { return input_count_; }
+  // Values whose bounds a relaxation reads, in order: inputs of activations and max-pools, differences of max2, min2.
+  const std::vector<int64_t>& preactivations() const { return preactivations_; }
+  bool is_preactivation(int64_t i) const { return relaxed_by_[size_t(i)]; }
+
+ private:
+  void check(const Node& node, int64_t position) const;
+  void derive(Node& node, int64_t position);
+  std::vector<Node> nodes_;
+  int64_t output_, input_count_ = 0;
+  std::vector<int64_t> preactivations_;
+  std::vector<bool> relaxed_by_;
+};
+
+}  // namespace pycert::engine

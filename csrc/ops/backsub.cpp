@@ -1,0 +1,497 @@
+#include "ops/backsub.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/argsort.h>
+#include <ATen/ops/bincount.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace pycert {
+
+using at::IntArrayRef;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+Ints encode(const Window& w) {
+  return {w.dense, w.height, w.width, w.stride_y, w.offset_y, w.stride_x, w.offset_x};
+}
+Ints encode(const Extent& e) { return {e.channels, e.height, e.width}; }
+
+Window window_of(IntArrayRef v) {
+  TORCH_CHECK_VALUE(v.size() == 7, "back-substitution: a window is 7 integers, got ", v.size());
+  return {v[0] != 0, v[1], v[2], v[3], v[4], v[5], v[6]};
+}
+Extent extent_of(IntArrayRef v) {
+  TORCH_CHECK_VALUE(v.size() == 3, "back-substitution: an extent is 3 integers, got ", v.size());
+  return {v[0], v[1], v[2]};
+}
+
+int64_t row_size(const Window& w, const Extent& e) { return w.dense ? e.numel() : e.channels * w.height * w.width; }
+
+// Contiguous index tensors and the kernel's view of them.
+struct Map {
+  Tensor source, sample, position;
+  cpu::RowMap map;
+  Map(const OptionalTensor& s, int64_t negative_from, const Tensor& of_sample, const OptionalTensor& at)
+      : source(s.has_value() ? s->contiguous() : Tensor()),
+        sample(of_sample.contiguous()),
+        position(at.has_value() ? at->contiguous() : Tensor()) {
+    map.count = sample.size(0);
+    map.source = source.defined() ? source.const_data_ptr<int64_t>() : nullptr;
+    map.negative_from = negative_from;
+    map.sample = sample.const_data_ptr<int64_t>();
+    map.position = position.defined() ? position.const_data_ptr<int64_t>() : nullptr;
+  }
+};
+
+// Shape of a batch of rows in a layout.
+Ints rows_shape(int64_t count, const Window& w, const Extent& e) {
+  if (!w.dense) return {count, e.channels, w.height, w.width};
+  return {count, e.channels, e.height, e.width};
+}
+
+void check_rows(const Tensor& rows, const Map& m, const Window& w, const Extent& e, const char* op) {
+  check_floating(rows, op, "rows");
+  const int64_t size = row_size(w, e), count = rows.size(0);
+  TORCH_CHECK_VALUE(rows.numel() == count * size, op, ": rows must hold ", size, " coefficients each, got shape ",
+                    rows.sizes());
+  TORCH_CHECK_VALUE(m.source.defined() || count == m.map.count, op, ": ", m.map.count, " rows expected, got ", count);
+  TORCH_CHECK_VALUE(w.dense || m.position.defined(), op, ": windows need the rows' positions");
+}
+
+template <typename T>
+const T* pointer(const Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+}
+
+Tensor contiguous(const OptionalTensor& t) { return t.has_value() ? t->contiguous() : Tensor(); }
+
+std::tuple<Tensor, Tensor> relax_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
+                                     const Tensor& sample, const OptionalTensor& position, IntArrayRef window,
+                                     IntArrayRef extent, const Tensor& lower_slope,
+                                     const OptionalTensor& lower_intercept, const Tensor& upper_slope,
+                                     const Tensor& upper_intercept, const OptionalTensor& bias,
+                                     const OptionalTensor& charge) {
+  const Map m(source, negative_from, sample, position);
+  const Window w = window_of(window);
+  const Extent e = extent_of(extent);
+  const Tensor r = rows.contiguous();
+  check_rows(r, m, w, e, "relax_rows");
+  const Tensor ls = lower_slope.contiguous(), us = upper_slope.contiguous(), ui = upper_intercept.contiguous();
+  const Tensor li = contiguous(lower_intercept), b = contiguous(bias), c = contiguous(charge);
+  Tensor out = at::empty(rows_shape(m.map.count, w, e), r.options());
+  Tensor sums = at::zeros({3, m.map.count}, r.options().dtype(at::kDouble));
+  double* s = sums.data_ptr<double>();
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relax_rows", [&] {
+    cpu::RelaxArgs<scalar_t> a{r.const_data_ptr<scalar_t>(),
+                               out.data_ptr<scalar_t>(),
+                               m.map,
+                               w,
+                               e,
+                               ls.const_data_ptr<scalar_t>(),
+                               us.const_data_ptr<scalar_t>(),
+                               pointer<scalar_t>(li),
+                               ui.const_data_ptr<scalar_t>(),
+                               pointer<scalar_t>(b),
+                               pointer<scalar_t>(c),
+                               s,
+                               c.defined() ? s + m.map.count : nullptr,
+                               c.defined() ? s + 2 * m.map.count : nullptr};
+    cpu::kernels<scalar_t>().relax(a);
+  });
+  return {out, sums};
+}
+
+Tensor dot_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
+               const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const OptionalTensor& bias,
+               const OptionalTensor& charge) {
+  const Map m(source, negative_from, sample, position);
+  const Window w = window_of(window);
+  const Extent e = extent_of(extent);
+  const Tensor r = rows.contiguous(), b = contiguous(bias), c = contiguous(charge);
+  check_rows(r, m, w, e, "dot_rows");
+  Tensor sums = at::zeros({3, m.map.count}, r.options().dtype(at::kDouble));
+  double* s = sums.data_ptr<double>();
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "dot_rows", [&] {
+    cpu::DotArgs<scalar_t> a{r.const_data_ptr<scalar_t>(), m.map,
+                             w,                            e,
+                             pointer<scalar_t>(b),         pointer<scalar_t>(c),
+                             s,                            s + m.map.count,
+                             s + 2 * m.map.count};
+    cpu::kernels<scalar_t>().dot(a);
+  });
+  return sums;
+}
+
+Tensor relayout_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
+                    const OptionalTensor& position, IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
+  const Map m(source, negative_from, sample, position);
+  const Window f = window_of(from), t = window_of(to);
+  const Extent e = extent_of(extent);
+  const Tensor r = rows.contiguous();
+  check_rows(r, m, f, e, "relayout_rows");
+  Tensor out = at::empty(rows_shape(m.map.count, t, e), r.options());
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relayout_rows", [&] {
+    cpu::kernels<scalar_t>().relayout(
+        {r.const_data_ptr<scalar_t>(), m.map, f, t, e, out.data_ptr<scalar_t>(), false});
+  });
+  return out;
+}
+
+Tensor concretize_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
+                      const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const Tensor& first,
+                      const Tensor& second, int64_t norm) {
+  const Map m(source, negative_from, sample, position);
+  const Window w = window_of(window);
+  const Extent e = extent_of(extent);
+  const Tensor r = rows.contiguous(), a = first.contiguous(), b = second.contiguous();
+  check_rows(r, m, w, e, "concretize");
+  check_same(r, a, "concretize", "rows", "region");
+  Tensor out = at::empty({2, m.map.count}, r.options().dtype(at::kDouble));
+  double* o = out.data_ptr<double>();
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "concretize", [&] {
+    const scalar_t *p = a.const_data_ptr<scalar_t>(), *q = b.const_data_ptr<scalar_t>();
+    cpu::ConcretizeArgs<scalar_t> args{r.const_data_ptr<scalar_t>(),
+                                       m.map,
+                                       w,
+                                       e,
+                                       norm == 0 ? p : nullptr,
+                                       norm == 0 ? q : nullptr,
+                                       norm == 0 ? nullptr : p,
+                                       norm == 0 ? nullptr : q,
+                                       int(norm),
+                                       o,
+                                       o + m.map.count};
+    cpu::kernels<scalar_t>().concretize(args);
+  });
+  return out;
+}
+
+// Rows sorted by sample, and where each sample's begin.
+std::pair<Tensor, Tensor> by_sample(const Tensor& sample, int64_t batch) {
+  const Tensor order = at::argsort(sample, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  Tensor starts = at::zeros({batch + 1}, sample.options());
+  starts.narrow(0, 1, batch).copy_(at::bincount(sample, {}, batch).cumsum(0));
+  return {order, starts};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_cpu(
+    const Tensor& grad_out, const Tensor& grad_sums, const Tensor& rows, const Tensor& sample,
+    const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const Tensor& lower_slope,
+    const OptionalTensor& lower_intercept, const Tensor& upper_slope, const Tensor& upper_intercept) {
+  const Map m({}, INT64_MAX, sample, position);
+  const Tensor r = rows.contiguous(), g = grad_out.contiguous(), gc = grad_sums.select(0, 0).contiguous();
+  const Tensor ls = lower_slope.contiguous(), us = upper_slope.contiguous(), ui = upper_intercept.contiguous();
+  const Tensor li = contiguous(lower_intercept);
+  const auto [order, starts] = by_sample(m.sample, ls.size(0));
+  Tensor grad_rows = at::empty_like(r), grad_ls = at::zeros_like(ls), grad_us = at::zeros_like(us),
+         grad_ui = at::zeros_like(ui), grad_li = li.defined() ? at::zeros_like(li) : Tensor();
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relax_rows_backward", [&] {
+    cpu::RelaxBackwardArgs<scalar_t> a{r.const_data_ptr<scalar_t>(),
+                                       g.const_data_ptr<scalar_t>(),
+                                       gc.const_data_ptr<double>(),
+                                       m.map,
+                                       window_of(window),
+                                       extent_of(extent),
+                                       ls.size(0),
+                                       order.const_data_ptr<int64_t>(),
+                                       starts.const_data_ptr<int64_t>(),
+                                       ls.const_data_ptr<scalar_t>(),
+                                       us.const_data_ptr<scalar_t>(),
+                                       pointer<scalar_t>(li),
+                                       ui.const_data_ptr<scalar_t>(),
+                                       grad_rows.data_ptr<scalar_t>(),
+                                       grad_ls.data_ptr<scalar_t>(),
+                                       grad_us.data_ptr<scalar_t>(),
+                                       li.defined() ? grad_li.data_ptr<scalar_t>() : nullptr,
+                                       grad_ui.data_ptr<scalar_t>()};
+    cpu::kernels<scalar_t>().relax_backward(a);
+  });
+  return {grad_rows, grad_ls, grad_li, grad_us, grad_ui};
+}
+
+std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, const Tensor& rows,
+                                                           const Tensor& sample, const OptionalTensor& position,
+                                                           IntArrayRef window, IntArrayRef extent,
+                                                           const Tensor& first, const Tensor& second, int64_t norm) {
+  const Map m({}, INT64_MAX, sample, position);
+  const Tensor r = rows.contiguous(), a = first.contiguous(), b = second.contiguous();
+  const Tensor gv = grad.select(0, 0).contiguous();
+  const auto [order, starts] = by_sample(m.sample, a.size(0));
+  Tensor grad_rows = at::empty_like(r), grad_first = at::zeros_like(a);
+  Tensor grad_second = norm == 0 ? at::zeros_like(b) : at::zeros_like(b, b.options().dtype(at::kDouble));
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "concretize_backward", [&] {
+    const scalar_t *p = a.const_data_ptr<scalar_t>(), *q = b.const_data_ptr<scalar_t>();
+    cpu::ConcretizeBackwardArgs<scalar_t> args{r.const_data_ptr<scalar_t>(),
+                                               gv.const_data_ptr<double>(),
+                                               m.map,
+                                               window_of(window),
+                                               extent_of(extent),
+                                               a.size(0),
+                                               order.const_data_ptr<int64_t>(),
+                                               starts.const_data_ptr<int64_t>(),
+                                               norm == 0 ? p : nullptr,
+                                               norm == 0 ? q : nullptr,
+                                               norm == 0 ? nullptr : p,
+                                               norm == 0 ? nullptr : q,
+                                               int(norm),
+                                               grad_rows.data_ptr<scalar_t>(),
+                                               norm == 0 ? grad_first.data_ptr<scalar_t>() : nullptr,
+                                               norm == 0 ? grad_second.data_ptr<scalar_t>() : nullptr,
+                                               norm == 0 ? nullptr : grad_first.data_ptr<scalar_t>(),
+                                               norm == 0 ? nullptr : grad_second.data_ptr<double>()};
+    cpu::kernels<scalar_t>().concretize_backward(args);
+  });
+  return {grad_rows, grad_first, grad_second.to(b.scalar_type())};
+}
+
+Tensor relayout_backward_cpu(const Tensor& grad_out, int64_t table_rows, const OptionalTensor& source,
+                             int64_t negative_from, const Tensor& sample, const OptionalTensor& position,
+                             IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
+  const Map m(source, negative_from, sample, position);
+  const Window f = window_of(from);
+  const Extent e = extent_of(extent);
+  const Tensor g = grad_out.contiguous();
+  Tensor grad_rows = at::zeros(rows_shape(table_rows, f, e), g.options());
+  AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "relayout_rows_backward", [&] {
+    cpu::kernels<scalar_t>().relayout_backward(
+        {g.const_data_ptr<scalar_t>(), m.map, f, window_of(to), e, grad_rows.data_ptr<scalar_t>()});
+  });
+  return grad_rows;
+}
+
+template <typename Function>
+auto handle(const char* name, Function*) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+#define PYCERT_HANDLE(name, function)                                    \
+  static const auto op = handle("pycert::" name, function)
+
+// ---- autograd ----------------------------------------------------------------------------------------------------
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+void check_first_order(const variable_list& grads) {
+  for (const auto& g : grads)
+    TORCH_CHECK_NOT_IMPLEMENTED(!(at::GradMode::is_enabled() && g.defined() && g.requires_grad()),
+                                "back-substitution: second derivatives are not supported");
+}
+
+struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& sample,
+                               const OptionalTensor& position, IntArrayRef window, IntArrayRef extent,
+                               const Tensor& lower_slope, const OptionalTensor& lower_intercept,
+                               const Tensor& upper_slope, const Tensor& upper_intercept,
+                               const OptionalTensor& charge) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    PYCERT_HANDLE("relax_rows", relax_cpu);
+    auto [out, sums] = op.call(rows, {}, INT64_MAX, sample, position, window, extent, lower_slope, lower_intercept,
+                               upper_slope, upper_intercept, {}, charge);
+    ctx->save_for_backward({rows, sample, value_or_empty(position), lower_slope, value_or_empty(lower_intercept),
+                            upper_slope, upper_intercept, sums});
+    ctx->saved_data["window"] = window.vec();
+    ctx->saved_data["extent"] = extent.vec();
+    return {out, sums};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    check_first_order(grads);
+    PYCERT_HANDLE("relax_rows_backward", relax_backward_cpu);
+    const auto s = ctx->get_saved_variables();
+    const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(s[0]);
+    const Tensor grad_sums = grads[1].defined() ? grads[1] : at::zeros_like(s[7]);
+    auto [rows, ls, li, us, ui] =
+        op.call(grad_out, grad_sums, s[0], s[1], optional_of(s[2]), ctx->saved_data["window"].toIntVector(),
+                ctx->saved_data["extent"].toIntVector(), s[3], optional_of(s[4]), s[5], s[6]);
+    return {rows, Tensor(), Tensor(), Tensor(), Tensor(), ls, li, us, ui, Tensor()};
+  }
+};
+
+struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& sample,
+                        const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const Tensor& first,
+                        const Tensor& second, int64_t norm) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    PYCERT_HANDLE("concretize_rows", concretize_cpu);
+    const Tensor out = op.call(rows, {}, INT64_MAX, sample, position, window, extent, first, second, norm);
+    ctx->save_for_backward({rows, sample, value_or_empty(position), first, second});
+    ctx->saved_data["window"] = window.vec();
+    ctx->saved_data["extent"] = extent.vec();
+    ctx->saved_data["norm"] = norm;
+    return out;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    check_first_order(grads);
+    PYCERT_HANDLE("concretize_rows_backward", concretize_backward_cpu);
+    const auto s = ctx->get_saved_variables();
+    auto [rows, first, second] =
+        op.call(grads[0], s[0], s[1], optional_of(s[2]), ctx->saved_data["window"].toIntVector(),
+                ctx->saved_data["extent"].toIntVector(), s[3], s[4], ctx->saved_data["norm"].toInt());
+    return {rows, Tensor(), Tensor(), Tensor(), Tensor(), first, second, Tensor()};
+  }
+};
+
+struct RelayoutFunction : torch::autograd::Function<RelayoutFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& source,
+                        int64_t negative_from, const Tensor& sample, const OptionalTensor& position, IntArrayRef from,
+                        IntArrayRef to, IntArrayRef extent) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    PYCERT_HANDLE("relayout_rows", relayout_cpu);
+    ctx->save_for_backward({value_or_empty(source), sample, value_or_empty(position)});
+    ctx->saved_data["from"] = from.vec();
+    ctx->saved_data["to"] = to.vec();
+    ctx->saved_data["extent"] = extent.vec();
+    ctx->saved_data["negative_from"] = negative_from;
+    ctx->saved_data["shape"] = rows.sizes().vec();
+    return op.call(rows, source, negative_from, sample, position, from, to, extent);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    check_first_order(grads);
+    PYCERT_HANDLE("relayout_rows_backward", relayout_backward_cpu);
+    const auto s = ctx->get_saved_variables();
+    const auto shape = ctx->saved_data["shape"].toIntVector();
+    const Tensor rows =
+        op.call(grads[0], shape[0], optional_of(s[0]), ctx->saved_data["negative_from"].toInt(), s[1],
+                optional_of(s[2]), ctx->saved_data["from"].toIntVector(), ctx->saved_data["to"].toIntVector(),
+                ctx->saved_data["extent"].toIntVector());
+    return {rows.view(shape), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> relax_autograd(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
+                                          const Tensor& sample, const OptionalTensor& position, IntArrayRef window,
+                                          IntArrayRef extent, const Tensor& lower_slope,
+                                          const OptionalTensor& lower_intercept, const Tensor& upper_slope,
+                                          const Tensor& upper_intercept, const OptionalTensor& bias,
+                                          const OptionalTensor& charge) {
+  if (any_needs_grad(rows, lower_slope, value_or_empty(lower_intercept), upper_slope, upper_intercept,
+                     value_or_empty(bias))) {
+    TORCH_CHECK_VALUE(!source.has_value() && negative_from >= rows.size(0) && !bias.has_value(),
+                      "relax_rows: gradients need rows of their own (no source, no sign, no bias)");
+    auto out = RelaxFunction::apply(rows, sample, position, window, extent, lower_slope, lower_intercept, upper_slope,
+                                    upper_intercept, charge);
+    return {out[0], out[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  PYCERT_HANDLE("relax_rows", relax_cpu);
+  return op.call(rows, source, negative_from, sample, position, window, extent, lower_slope, lower_intercept,
+                 upper_slope, upper_intercept, bias, charge);
+}
+
+Tensor concretize_autograd(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
+                           const Tensor& sample, const OptionalTensor& position, IntArrayRef window,
+                           IntArrayRef extent, const Tensor& first, const Tensor& second, int64_t norm) {
+  if (any_needs_grad(rows, first, second)) {
+    TORCH_CHECK_VALUE(!source.has_value() && negative_from >= rows.size(0),
+                      "concretize_rows: gradients need rows of their own (no source, no sign)");
+    return ConcretizeFunction::apply(rows, sample, position, window, extent, first, second, norm);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  PYCERT_HANDLE("concretize_rows", concretize_cpu);
+  return op.call(rows, source, negative_from, sample, position, window, extent, first, second, norm);
+}
+
+Tensor relayout_autograd(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
+                         const Tensor& sample, const OptionalTensor& position, IntArrayRef from, IntArrayRef to,
+                         IntArrayRef extent) {
+  if (any_needs_grad(rows))
+    return RelayoutFunction::apply(rows, source, negative_from, sample, position, from, to, extent);
+  at::AutoDispatchBelowADInplaceOrView below;
+  PYCERT_HANDLE("relayout_rows", relayout_cpu);
+  return op.call(rows, source, negative_from, sample, position, from, to, extent);
+}
+
+}  // namespace
+
+std::tuple<Tensor, RowSums> relax_rows(const Tensor& rows, const RowSource& source, const RowIndex& index,
+                                       const Window& window, const Extent& extent, const Tensor& lower_slope,
+                                       const Tensor& lower_intercept, const Tensor& upper_slope,
+                                       const Tensor& upper_intercept, const Tensor& bias, const Tensor& charge) {
+  PYCERT_HANDLE("relax_rows", relax_cpu);
+  return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
+                 encode(window), encode(extent), lower_slope, optional_of(lower_intercept), upper_slope,
+                 upper_intercept, optional_of(bias), optional_of(charge));
+}
+
+RowSums dot_rows(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
+                 const Extent& extent, const Tensor& bias, const Tensor& charge) {
+  PYCERT_HANDLE("dot_rows", dot_cpu);
+  at::NoGradGuard no_grad;
+  return op.call(rows.detach(), optional_of(source.source), source.negative_from, index.sample,
+                 optional_of(index.position), encode(window), encode(extent), optional_of(bias), optional_of(charge));
+}
+
+Tensor relayout_rows(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& from,
+                     const Window& to, const Extent& extent) {
+  PYCERT_HANDLE("relayout_rows", relayout_cpu);
+  return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
+                 encode(from), encode(to), encode(extent));
+}
+
+Tensor concretize_box(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
+                      const Extent& extent, const Tensor& lower, const Tensor& upper) {
+  PYCERT_HANDLE("concretize_rows", concretize_cpu);
+  return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
+                 encode(window), encode(extent), lower, upper, 0);
+}
+
+Tensor concretize_ball(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
+                       const Extent& extent, const Tensor& centre, const Tensor& eps, int64_t p) {
+  PYCERT_HANDLE("concretize_rows", concretize_cpu);
+  return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
+                 encode(window), encode(extent), centre, eps, p);
+}
+
+TORCH_LIBRARY_FRAGMENT(pycert, m) {
+  m.def(
+      "relax_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] window, "
+      "int[] extent, Tensor lower_slope, Tensor? lower_intercept, Tensor upper_slope, Tensor upper_intercept, Tensor? "
+      "bias, Tensor? charge) -> (Tensor, Tensor)");
+  m.def(
+      "relax_rows_backward(Tensor grad_out, Tensor grad_sums, Tensor rows, Tensor sample, Tensor? position, int[] "
+      "window, int[] extent, Tensor lower_slope, Tensor? lower_intercept, Tensor upper_slope, Tensor upper_intercept) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dot_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] window, int[] "
+      "extent, Tensor? bias, Tensor? charge) -> Tensor");
+  m.def(
+      "relayout_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] from, "
+      "int[] to, int[] extent) -> Tensor");
+  m.def(
+      "relayout_rows_backward(Tensor grad_out, int table_rows, Tensor? source, int negative_from, Tensor sample, "
+      "Tensor? position, int[] from, int[] to, int[] extent) -> Tensor");
+  m.def(
+      "concretize_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] window, "
+      "int[] extent, Tensor first, Tensor second, int norm) -> Tensor");
+  m.def(
+      "concretize_rows_backward(Tensor grad, Tensor rows, Tensor sample, Tensor? position, int[] window, int[] "
+      "extent, Tensor first, Tensor second, int norm) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(pycert, CPU, m) {
+  m.impl("relax_rows", relax_cpu);
+  m.impl("relax_rows_backward", relax_backward_cpu);
+  m.impl("dot_rows", dot_cpu);
+  m.impl("relayout_rows", relayout_cpu);
+  m.impl("relayout_rows_backward", relayout_backward_cpu);
+  m.impl("concretize_rows", concretize_cpu);
+  m.impl("concretize_rows_backward", concretize_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(pycert, Autograd, m) {
+  m.impl("relax_rows", relax_autograd);
+  m.impl("relayout_rows", relayout_autograd);
+  m.impl("concretize_rows", concretize_autograd);
+}
+
+}  // namespace pycert

@@ -1,0 +1,56 @@
+// Steps of linear-bound back-substitution on rows of coefficients; each goes through the dispatcher and records
+// gradients where needed.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "cpu/kernels.h"
+#include "ops/common.h"
+
+namespace pycert {
+
+using cpu::Extent;
+using cpu::Window;
+
+// What is known of every row apart from its coefficients. A row is bounded from below; an upper bound is the lower
+// bound of the negated row.
+struct RowIndex {
+  at::Tensor sample;    // [Q] int64: the row's sample
+  at::Tensor position;  // [Q, 2] int64: where in the image its start neuron stands; undefined for vectors
+  int64_t count() const { return sample.size(0); }
+};
+
+// How rows read a table that several of them share: row q is table row source[q], negated from `negative_from` on.
+struct RowSource {
+  at::Tensor source;  // [Q] int64, undefined: q
+  int64_t negative_from = INT64_MAX;
+};
+
+// Sums per row, double: constant, magnitude (sum of |terms| of the constant), error (sum |z| charge).
+using RowSums = at::Tensor;  // [3, Q]
+
+std::tuple<at::Tensor, RowSums> relax_rows(const at::Tensor& rows, const RowSource& source, const RowIndex& index,
+                                           const Window& window, const Extent& extent, const at::Tensor& lower_slope,
+                                           const at::Tensor& lower_intercept, const at::Tensor& upper_slope,
+                                           const at::Tensor& upper_intercept, const at::Tensor& bias,
+                                           const at::Tensor& charge);
+
+// No gradient: constants that need one are formed by ATen.
+RowSums dot_rows(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
+                 const Extent& extent, const at::Tensor& bias, const at::Tensor& charge);
+
+at::Tensor relayout_rows(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& from,
+                         const Window& to, const Extent& extent);
+
+// Least value over the box [lower, upper], each [B, n]: [2, Q] double, value and magnitude.
+at::Tensor concretize_box(const at::Tensor& rows, const RowSource& source, const RowIndex& index,
+                          const Window& window, const Extent& extent, const at::Tensor& lower,
+                          const at::Tensor& upper);
+
+// Least value over balls ||x - centre||_p <= eps, p in {1, 2}.
+at::Tensor concretize_ball(const at::Tensor& rows, const RowSource& source, const RowIndex& index,
+                           const Window& window, const Extent& extent, const at::Tensor& centre,
+                           const at::Tensor& eps, int64_t p);
+
+}  // namespace pycert

@@ -1,0 +1,68 @@
+// What every operator file needs: checks, precision guard, dispatch to the autograd function.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+namespace pycert {
+
+// How far a result is to be trusted, see DESIGN section 4: none, the real-arithmetic network, or also every execution
+// of the network in its own floating point.
+enum class Soundness : int64_t { None = 0, Real = 1, Deployed = 2 };
+
+// Inside it float32 products are float32 products: no autocast, no reduced-precision matrix multiplication.
+class PrecisionGuard {
+ public:
+  PrecisionGuard() : no_autocast_(c10::autocast_dispatch_keyset) {
+    auto& context = at::globalContext();
+    const auto precision = context.float32MatmulPrecision();
+    if (precision != at::Float32MatmulPrecision::HIGHEST) {
+      restore_ = precision == at::Float32MatmulPrecision::HIGH ? "high" : "medium";
+      context.setFloat32MatmulPrecision("highest");
+    }
+  }
+  ~PrecisionGuard() {
+    if (restore_ != nullptr) at::globalContext().setFloat32MatmulPrecision(restore_);
+  }
+  PrecisionGuard(const PrecisionGuard&) = delete;
+  PrecisionGuard& operator=(const PrecisionGuard&) = delete;
+
+ private:
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_;
+  const char* restore_ = nullptr;
+};
+
+inline void check_floating(const at::Tensor& t, const char* op, const char* name) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, op, ": ", name,
+                   " must be float32 or float64, got ", t.scalar_type());
+}
+
+inline void check_same(const at::Tensor& a, const at::Tensor& b, const char* op, const char* a_name,
+                       const char* b_name) {
+  TORCH_CHECK_TYPE(a.scalar_type() == b.scalar_type(), op, ": ", a_name, " and ", b_name,
+                   " must have the same dtype, got ", a.scalar_type(), " and ", b.scalar_type());
+  TORCH_CHECK_VALUE(a.device() == b.device(), op, ": ", a_name, " and ", b_name,
+                    " must be on the same device, got ", a.device(), " and ", b.device());
+}
+
+inline bool needs_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
+
+template <typename... Rest>
+bool any_needs_grad(const Rest&... tensors) {
+  return at::GradMode::is_enabled() && (needs_grad(tensors) || ...);
+}
+
+inline at::Tensor value_or_empty(const std::optional<at::Tensor>& t) { return t.has_value() ? *t : at::Tensor(); }
+
+inline std::optional<at::Tensor> optional_of(const at::Tensor& t) {
+  return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
+}  // namespace pycert

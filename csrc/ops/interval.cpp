@@ -1,0 +1,589 @@
+#include "ops/interval.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/abs.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mkldnn_convolution.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/slow_conv_dilated2d.h>
+#include <ATen/ops/thnn_conv2d.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "cpu/kernels.h"
+#include "ops/testing.h"
+
+namespace pycert {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+double gamma(double n, at::ScalarType dtype) {
+  const double u = dtype == at::kFloat ? 0x1p-24 : 0x1p-53;
+  TORCH_CHECK_VALUE(n * u < 0.5, "a sum of ", n, " terms is too long for a rounding error bound in ", dtype);
+  return n * u / (1 - n * u) * (1 + 1e-12);
+}
+
+// 512 terms a block keep the chain under 600 for every layer up to 45,000 inputs.
+constexpr int64_t kBlock = 512;
+constexpr int64_t kSingle = 1024;
+
+int64_t blocked_chain(int64_t count) { return count <= kSingle ? count : kBlock + (count + kBlock - 1) / kBlock; }
+
+Tensor mm_blocked(const Tensor& a, const Tensor& b) {
+  const int64_t count = a.size(1);
+  if (count <= kSingle) return at::mm(a, b);
+  Tensor sum = at::mm(a.narrow(1, 0, kBlock), b.narrow(0, 0, kBlock));
+  for (int64_t start = kBlock; start < count; start += kBlock) {
+    const int64_t length = std::min(kBlock, count - start);
+    sum.add_(at::mm(a.narrow(1, start, length), b.narrow(0, start, length)));
+  }
+  return sum;
+}
+
+static Tensor conv_by_groups(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  const bool dilated = g.dilation[0] != 1 || g.dilation[1] != 1;
+  const auto inputs = input.chunk(g.groups, 1), weights = weight.chunk(g.groups, 0);
+  std::vector<Tensor> outputs;
+  const Pair kernel{weight.size(2), weight.size(3)};
+  for (int64_t i = 0; i < g.groups; ++i) {
+    const Tensor x = inputs[i].contiguous(), w = weights[i].contiguous();
+    outputs.push_back(dilated ? at::slow_conv_dilated2d(x, w, kernel, {}, g.stride, g.padding, g.dilation)
+                              : at::thnn_conv2d(x, w, kernel, {}, g.stride, g.padding));
+  }
+  return g.groups == 1 ? outputs[0] : at::cat(outputs, 1);
+}
+
+Tensor direct_conv2d(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  if (g.transposed)  // never NNPACK: ATen has it for plain convolutions alone
+    return at::convolution(input, weight, {}, g.stride, g.padding, g.dilation, true, g.output_padding, g.groups);
+  if (input.scalar_type() == at::kFloat && at::globalContext().hasMKLDNN() && at::globalContext().userEnabledMkldnn())
+    return at::mkldnn_convolution(input, weight, {}, g.padding, g.stride, g.dilation, g.groups);
+  return conv_by_groups(input, weight, g);
+}
+
+namespace {
+
+void check_box(const Tensor& lower, const Tensor& upper, const char* op) {
+  check_floating(lower, op, "lower");
+  check_same(lower, upper, op, "lower", "upper");
+  TORCH_CHECK_VALUE(lower.sizes() == upper.sizes(), op, ": lower and upper must have the same shape, got ",
+                    lower.sizes(), " and ", upper.sizes());
+}
+
+void check_weight(const Tensor& lower, const Tensor& weight, const OptionalTensor& bias, const char* op) {
+  check_same(lower, weight, op, "lower", "weight");
+  if (!bias.has_value()) return;
+  check_same(lower, *bias, op, "lower", "bias");
+  TORCH_CHECK_VALUE(bias->dim() == 1, op, ": bias must have one dimension, got ", bias->sizes());
+}
+
+// The constants of one affine layer: `own` chain of our product, `terms` of the network's.
+struct Charges {
+  bool sound = false;
+  double own = 0, deployed = 0, radius_inflation = 1, terms = 0;
+};
+
+Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64_t extra, at::ScalarType dtype) {
+  Charges c;
+  c.sound = soundness != Soundness::None;
+  if (!c.sound) return c;
+  c.terms = double(terms);
+  if (enabled(Term::OwnProduct)) c.own = gamma(double(own_chain + 4), dtype);
+  if (soundness == Soundness::Deployed && enabled(Term::Deployed)) {
+    if (!enabled(Term::BatchNorm)) extra = 0;
+    c.deployed = gamma(double(terms + 2 + extra), dtype);
+  }
+  if (enabled(Term::RadiusProduct)) c.radius_inflation = (1 + 1e-12) / (1 - gamma(double(own_chain + 1), dtype));
+  return c;
+}
+
+template <typename T>
+T up(double x) {
+  return std::nextafter(static_cast<T>(x), std::numeric_limits<T>::infinity());
+}
+
+// mid, rho' and the sums of the underflow term, of boxes seen as [batch, count].
+struct Prepared {
+  Tensor mid, radius, sums;
+};
+
+Prepared prepare_boxes(const Tensor& lower, const Tensor& upper, const Charges& c, int64_t batch) {
+  const Tensor l = lower.contiguous(), u = upper.contiguous();
+  Prepared p{at::empty_like(l), at::empty_like(l), {}};
+  if (c.sound) p.sums = at::empty({batch}, l.options().dtype(at::kDouble));
+  AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "interval_affine", [&] {
+    cpu::PrepareArgs<scalar_t> a{l.const_data_ptr<scalar_t>(),
+                                 u.const_data_ptr<scalar_t>(),
+                                 p.mid.data_ptr<scalar_t>(),
+                                 p.radius.data_ptr<scalar_t>(),
+                                 c.sound ? p.sums.data_ptr<double>() : nullptr,
+                                 batch,
+                                 batch == 0 ? 0 : l.numel() / batch,
+                                 c.sound ? up<scalar_t>(c.own) : scalar_t(0),
+                                 c.sound ? up<scalar_t>(c.deployed) : scalar_t(0),
+                                 c.sound};
+    cpu::kernels<scalar_t>().prepare(a);
+  });
+  return p;
+}
+
+// centre and radius products become lower and upper, in place; channels on dimension 1.
+Box enclose(Tensor centre, Tensor radius, const OptionalTensor& bias, const Tensor& sums, const Charges& c) {
+  centre = centre.contiguous();
+  radius = radius.contiguous();
+  const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
+  const int64_t batch = centre.size(0), channels = centre.size(1);
+  AT_DISPATCH_FLOATING_TYPES(centre.scalar_type(), "interval_affine", [&] {
+    const double tiny = enabled(Term::Underflow) ? std::numeric_limits<scalar_t>::min() : 0;
+    cpu::EnclosureArgs<scalar_t> a{centre.data_ptr<scalar_t>(),
+                                   radius.data_ptr<scalar_t>(),
+                                   b.defined() ? b.const_data_ptr<scalar_t>() : nullptr,
+                                   sums.defined() ? sums.const_data_ptr<double>() : nullptr,
+                                   batch,
+                                   channels,
+                                   batch * channels == 0 ? 0 : centre.numel() / (batch * channels),
+                                   c.sound && enabled(Term::Bias) ? up<scalar_t>(c.own + c.deployed) : scalar_t(0),
+                                   c.sound && c.radius_inflation > 1 ? up<scalar_t>(c.radius_inflation) : scalar_t(1),
+                                   tiny * (2 * c.terms + 2),
+                                   tiny,
+                                   c.sound};
+    cpu::kernels<scalar_t>().enclose(a);
+  });
+  return {centre, radius};
+}
+
+// Up to here one pass over W with both products is faster than two matrix products.
+constexpr int64_t kSmallBatch = 4;
+
+Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+               int64_t soundness, int64_t extra_terms) {
+  check_box(lower, upper, "interval_linear");
+  check_weight(lower, weight, bias, "interval_linear");
+  TORCH_CHECK_VALUE(weight.dim() == 2 && lower.dim() >= 2 && lower.size(-1) == weight.size(1),
+                    "interval_linear: lower must be [batch, ..., in] and weight [out, in], got ", lower.sizes(),
+                    " and ", weight.sizes());
+  PrecisionGuard guard;
+  const int64_t count = weight.size(1), rows = weight.size(0), batch = count == 0 ? 0 : lower.numel() / count;
+  const bool small = batch <= kSmallBatch;
+  // dual_row: K / lanes additions a strand, then log2(lanes) <= 5, and the bias
+  const int64_t lanes = 128 / weight.element_size();
+  const int64_t chain = small ? (count + lanes - 1) / lanes + 6 : blocked_chain(count) + 1;
+  const Charges c = charges_for(chain, count, Soundness(soundness), extra_terms, lower.scalar_type());
+  const Prepared p = prepare_boxes(lower, upper, c, batch);
+  const Tensor mid = p.mid.view({batch, count}), radius = p.radius.view({batch, count});
+  Tensor centre, spread;
+  if (small) {
+    centre = at::empty({batch, rows}, mid.options());
+    spread = at::empty({batch, rows}, mid.options());
+    const Tensor w = weight.contiguous();
+    AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "interval_linear", [&] {
+      cpu::kernels<scalar_t>().dual_product({w.const_data_ptr<scalar_t>(), mid.const_data_ptr<scalar_t>(),
+                                             radius.const_data_ptr<scalar_t>(), centre.data_ptr<scalar_t>(),
+                                             spread.data_ptr<scalar_t>(), batch, rows, count});
+    });
+  } else {
+    centre = mm_blocked(mid, weight.t());
+    spread = mm_blocked(radius, weight.abs().t());
+  }
+  auto [out_lower, out_upper] = enclose(centre, spread, bias, p.sums, c);
+  auto shape = lower.sizes().vec();
+  shape.back() = rows;
+  return {out_lower.view(shape), out_upper.view(shape)};
+}
+
+ConvGeometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                         at::IntArrayRef output_padding, int64_t groups) {
+  const auto pair = [](at::IntArrayRef v) { return v.size() == 1 ? Pair{v[0], v[0]} : Pair{v[0], v[1]}; };
+  return {pair(stride), pair(padding), pair(dilation), pair(output_padding), groups, transposed};
+}
+
+Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+               at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms) {
+  check_box(lower, upper, "interval_conv2d");
+  check_weight(lower, weight, bias, "interval_conv2d");
+  TORCH_CHECK_VALUE(lower.dim() == 4 && weight.dim() == 4,
+                    "interval_conv2d: lower must be [batch, channels, height, width] and weight 4-dimensional, got ",
+                    lower.sizes(), " and ", weight.sizes());
+  PrecisionGuard guard;
+  const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
+  const int64_t per_group = transposed ? weight.size(0) / groups : weight.size(1);
+  const int64_t terms = per_group * weight.size(2) * weight.size(3);
+  const Charges c = charges_for(terms + 1, terms, Soundness(soundness), extra_terms, lower.scalar_type());
+  const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
+  return enclose(direct_conv2d(p.mid, weight, g), direct_conv2d(p.radius, weight.abs(), g), bias, p.sums, c);
+}
+
+// d/dm and d/drho of the two products; the enclosure's charges are constants.
+struct AffineGrads {
+  Tensor lower, upper, weight, bias;
+};
+
+AffineGrads finish(const Tensor& grad_mid, const Tensor& grad_radius, const Tensor& grad_weight_mid,
+                   const Tensor& grad_weight_radius, const Tensor& weight, const Tensor& grad_bias) {
+  AffineGrads g;
+  if (grad_mid.defined()) {
+    g.lower = (grad_mid - grad_radius).div_(2);
+    g.upper = (grad_mid + grad_radius).div_(2);
+  }
+  if (grad_weight_mid.defined()) g.weight = grad_weight_radius.mul_(weight.sgn()).add_(grad_weight_mid);
+  g.bias = grad_bias;
+  return g;
+}
+
+using TensorTuple4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+TensorTuple4 linear_backward_cpu(const Tensor& grad_lower, const Tensor& grad_upper, const Tensor& lower,
+                                 const Tensor& upper, const Tensor& weight, std::array<bool, 3> needed) {
+  PrecisionGuard guard;
+  const Tensor dc = (grad_lower + grad_upper).reshape({-1, weight.size(0)});
+  const Tensor dr = (grad_upper - grad_lower).reshape({-1, weight.size(0)});
+  Tensor grad_mid, grad_radius, weight_mid, weight_radius, bias;
+  if (needed[0]) {
+    grad_mid = at::mm(dc, weight).view(lower.sizes());
+    grad_radius = at::mm(dr, weight.abs()).view(lower.sizes());
+  }
+  if (needed[1]) {
+    const Tensor l = lower.reshape({-1, weight.size(1)}), u = upper.reshape({-1, weight.size(1)});
+    weight_mid = at::mm(dc.t(), (l + u).div_(2));
+    weight_radius = at::mm(dr.t(), (u - l).div_(2));
+  }
+  if (needed[2]) bias = dc.sum(0);
+  const AffineGrads g = finish(grad_mid, grad_radius, weight_mid, weight_radius, weight, bias);
+  return {g.lower, g.upper, g.weight, g.bias};
+}
+
+TensorTuple4 conv2d_backward_cpu(const Tensor& grad_lower, const Tensor& grad_upper, const Tensor& lower,
+                                 const Tensor& upper, const Tensor& weight, at::IntArrayRef stride,
+                                 at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                                 at::IntArrayRef output_padding, int64_t groups, std::array<bool, 3> needed) {
+  PrecisionGuard guard;
+  const Tensor dc = grad_lower + grad_upper, dr = grad_upper - grad_lower;
+  const std::array<bool, 3> mask{needed[0], needed[1], false};
+  const auto backward = [&](const Tensor& grad, const Tensor& input, const Tensor& w) {
+    return at::convolution_backward(grad, input, w, {}, stride, padding, dilation, transposed, output_padding, groups,
+                                    mask);
+  };
+  Tensor grad_mid, grad_radius, weight_mid, weight_radius, bias;
+  if (needed[0] || needed[1]) {
+    std::tie(grad_mid, weight_mid, std::ignore) = backward(dc, (lower + upper).div_(2), weight);
+    std::tie(grad_radius, weight_radius, std::ignore) = backward(dr, (upper - lower).div_(2), weight.abs());
+  }
+  if (needed[2]) bias = dc.sum({0, 2, 3});
+  const AffineGrads g = finish(grad_mid, grad_radius, weight_mid, weight_radius, weight, bias);
+  return {g.lower, g.upper, g.weight, g.bias};
+}
+
+// [B, C, inner] view of a box for per-channel elementwise maps.
+Box scale_cpu(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
+              const OptionalTensor& magnitude, double kappa, bool sound) {
+  check_box(lower, upper, "interval_scale");
+  const Tensor l = lower.contiguous(), u = upper.contiguous();
+  Tensor out_lower = at::empty_like(l), out_upper = at::empty_like(l);
+  const auto flat = [](const OptionalTensor& t) { return t.has_value() ? t->contiguous() : Tensor(); };
+  const Tensor s = flat(scale), t = flat(term), q = flat(magnitude);
+  const int64_t batch = l.size(0), channels = s.defined() ? s.numel() : t.numel();
+  const int64_t inner = batch * channels == 0 ? 0 : l.numel() / (batch * channels);
+  TORCH_CHECK_VALUE(batch * channels * inner == l.numel(), "interval_scale: ", channels,
+                    " factors do not fit values of shape ", l.sizes());
+  AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "interval_scale", [&] {
+    const auto pointer = [](const Tensor& x) { return x.defined() ? x.const_data_ptr<scalar_t>() : nullptr; };
+    cpu::kernels<scalar_t>().scale({l.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(), pointer(s), pointer(t),
+                                    pointer(q), out_lower.data_ptr<scalar_t>(), out_upper.data_ptr<scalar_t>(), batch,
+                                    channels, inner, kappa == 0 ? scalar_t(0) : up<scalar_t>(kappa), sound});
+  });
+  return {out_lower, out_upper};
+}
+
+Box add_cpu(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper, bool subtract,
+            double kappa, bool sound) {
+  check_box(a_lower, a_upper, "interval_add");
+  check_box(b_lower, b_upper, "interval_add");
+  TORCH_CHECK_VALUE(a_lower.sizes() == b_lower.sizes(), "interval_add: both boxes must have the same shape, got ",
+                    a_lower.sizes(), " and ", b_lower.sizes());
+  const Tensor al = a_lower.contiguous(), au = a_upper.contiguous(), bl = b_lower.contiguous(),
+               bu = b_upper.contiguous();
+  Tensor lower = at::empty_like(al), upper = at::empty_like(al);
+  AT_DISPATCH_FLOATING_TYPES(al.scalar_type(), "interval_add", [&] {
+    cpu::kernels<scalar_t>().add({al.const_data_ptr<scalar_t>(), au.const_data_ptr<scalar_t>(),
+                                  bl.const_data_ptr<scalar_t>(), bu.const_data_ptr<scalar_t>(),
+                                  lower.data_ptr<scalar_t>(), upper.data_ptr<scalar_t>(), al.numel(), subtract, sound,
+                                  up<scalar_t>(kappa)});
+  });
+  return {lower, upper};
+}
+
+// ---- dispatcher handles ------------------------------------------------------------------------------------------
+
+template <typename Signature>
+auto handle(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Box call_linear(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+                int64_t soundness, int64_t extra_terms) {
+  static const auto op = handle<decltype(linear_cpu)>("pycert::interval_linear");
+  return op.call(lower, upper, weight, bias, soundness, extra_terms);
+}
+
+Box call_conv2d(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms) {
+  static const auto op = handle<decltype(conv2d_cpu)>("pycert::interval_conv2d");
+  return op.call(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding, groups, soundness,
+                 extra_terms);
+}
+
+// ---- autograd ----------------------------------------------------------------------------------------------------
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+[[noreturn]] void no_second_derivative(const char* op) {
+  C10_THROW_ERROR(NotImplementedError, std::string(op) + ": second derivatives are not supported");
+}
+
+// Raises when a gradient of the gradient is asked for, instead of giving a wrong one.
+void check_first_order(const variable_list& grads, const char* op) {
+  for (const auto& g : grads)
+    if (at::GradMode::is_enabled() && g.defined() && g.requires_grad()) no_second_derivative(op);
+}
+
+Tensor defined_or_zeros(const Tensor& grad, const Tensor& like) {
+  return grad.defined() ? grad : at::zeros_like(like);
+}
+
+struct LinearFunction : torch::autograd::Function<LinearFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& lower, const Tensor& upper, const Tensor& weight,
+                               const OptionalTensor& bias, int64_t soundness, int64_t extra_terms) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [l, u] = call_linear(lower, upper, weight, bias, soundness, extra_terms);
+    ctx->save_for_backward({lower, upper, weight, l});
+    return {l, u};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    check_first_order(grads, "interval_linear");
+    static const auto op = handle<decltype(linear_backward_cpu)>("pycert::interval_linear_backward");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& like = saved[3];
+    const bool box = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
+    auto [l, u, w, b] = op.call(defined_or_zeros(grads[0], like), defined_or_zeros(grads[1], like), saved[0],
+                                saved[1], saved[2], {box, ctx->needs_input_grad(2), ctx->needs_input_grad(3)});
+    return {l, u, w, b, Tensor(), Tensor()};
+  }
+};
+
+struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& lower, const Tensor& upper, const Tensor& weight,
+                               const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
+                               int64_t groups, int64_t soundness, int64_t extra_terms) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [l, u] = call_conv2d(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding,
+                              groups, soundness, extra_terms);
+    ctx->save_for_backward({lower, upper, weight, l});
+    ctx->saved_data["stride"] = stride.vec();
+    ctx->saved_data["padding"] = padding.vec();
+    ctx->saved_data["dilation"] = dilation.vec();
+    ctx->saved_data["output_padding"] = output_padding.vec();
+    ctx->saved_data["transposed"] = transposed;
+    ctx->saved_data["groups"] = groups;
+    return {l, u};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    check_first_order(grads, "interval_conv2d");
+    static const auto op = handle<decltype(conv2d_backward_cpu)>("pycert::interval_conv2d_backward");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& like = saved[3];
+    const bool box = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
+    const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
+    auto [l, u, w, b] =
+        op.call(defined_or_zeros(grads[0], like), defined_or_zeros(grads[1], like), saved[0], saved[1], saved[2],
+                ints("stride"), ints("padding"), ints("dilation"), ctx->saved_data["transposed"].toBool(),
+                ints("output_padding"), ctx->saved_data["groups"].toInt(),
+                {box, ctx->needs_input_grad(2), ctx->needs_input_grad(3)});
+    return {l,        u,        w,        b,        Tensor(), Tensor(),
+            Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Box linear_autograd(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+                    int64_t soundness, int64_t extra_terms) {
+  if (any_needs_grad(lower, upper, weight, value_or_empty(bias))) {
+    auto out = LinearFunction::apply(lower, upper, weight, bias, soundness, extra_terms);
+    return {out[0], out[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return call_linear(lower, upper, weight, bias, soundness, extra_terms);
+}
+
+Box conv2d_autograd(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+                    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                    at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms) {
+  if (any_needs_grad(lower, upper, weight, value_or_empty(bias))) {
+    auto out = Conv2dFunction::apply(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding,
+                                     groups, soundness, extra_terms);
+    return {out[0], out[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return call_conv2d(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding, groups,
+                     soundness, extra_terms);
+}
+
+Box call_scale(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
+               const OptionalTensor& magnitude, double kappa, bool sound) {
+  static const auto op = handle<decltype(scale_cpu)>("pycert::interval_scale");
+  return op.call(lower, upper, scale, term, magnitude, kappa, sound);
+}
+
+Box call_add(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper,
+             bool subtract, double kappa, bool sound) {
+  static const auto op = handle<decltype(add_cpu)>("pycert::interval_add");
+  return op.call(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+}
+
+struct ScaleFunction : torch::autograd::Function<ScaleFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& lower, const Tensor& upper,
+                               const OptionalTensor& scale, const OptionalTensor& term,
+                               const OptionalTensor& magnitude, double kappa, bool sound) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [l, u] = call_scale(lower, upper, scale, term, magnitude, kappa, sound);
+    ctx->save_for_backward({lower, upper, value_or_empty(scale), l, value_or_empty(term)});
+    return {l, u};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    check_first_order(grads, "interval_scale");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &lower = saved[0], &upper = saved[1], &scale = saved[2], &term = saved[4];
+    const int64_t channels = scale.defined() ? scale.numel() : term.numel();
+    const auto cube = [&](const Tensor& t) { return t.reshape({t.size(0), channels, -1}); };
+    const Tensor gl = cube(defined_or_zeros(grads[0], saved[3])), gu = cube(defined_or_zeros(grads[1], saved[3]));
+    Tensor grad_lower, grad_upper, grad_scale, grad_term;
+    if (scale.defined()) {
+      const Tensor s = scale.reshape({1, channels, 1}), positive = s.ge(0);
+      grad_lower = (at::where(positive, gl, gu) * s).view(lower.sizes());
+      grad_upper = (at::where(positive, gu, gl) * s).view(lower.sizes());
+      if (ctx->needs_input_grad(2)) {
+        const Tensor l = cube(lower), u = cube(upper);
+        const Tensor product = gl * at::where(positive, l, u) + gu * at::where(positive, u, l);
+        grad_scale = product.sum({0, 2}).view(scale.sizes());
+      }
+    } else {
+      grad_lower = gl.view(lower.sizes());
+      grad_upper = gu.view(lower.sizes());
+    }
+    if (term.defined()) grad_term = (gl + gu).sum({0, 2}).view(term.sizes());
+    return {grad_lower, grad_upper, grad_scale, grad_term, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct AddFunction : torch::autograd::Function<AddFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& a_lower, const Tensor& a_upper,
+                               const Tensor& b_lower, const Tensor& b_upper, bool subtract, double kappa, bool sound) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [l, u] = call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+    ctx->saved_data["subtract"] = subtract;
+    return {l, u};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const bool subtract = ctx->saved_data["subtract"].toBool();
+    const auto negated = [](const Tensor& t) { return t.defined() ? t.neg() : t; };
+    return {grads[0], grads[1], subtract ? negated(grads[1]) : grads[0], subtract ? negated(grads[0]) : grads[1],
+            Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Box scale_autograd(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
+                   const OptionalTensor& magnitude, double kappa, bool sound) {
+  if (any_needs_grad(lower, upper, value_or_empty(scale), value_or_empty(term))) {
+    auto out = ScaleFunction::apply(lower, upper, scale, term, magnitude, kappa, sound);
+    return {out[0], out[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return call_scale(lower, upper, scale, term, magnitude, kappa, sound);
+}
+
+Box add_autograd(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper,
+                 bool subtract, double kappa, bool sound) {
+  if (any_needs_grad(a_lower, a_upper, b_lower, b_upper)) {
+    auto out = AddFunction::apply(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+    return {out[0], out[1]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+}
+
+}  // namespace
+
+Box interval_linear(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+                    Soundness soundness, int64_t extra_terms) {
+  return call_linear(lower, upper, weight, bias, int64_t(soundness), extra_terms);
+}
+
+Box interval_conv2d(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+                    const ConvGeometry& g, Soundness soundness, int64_t extra_terms) {
+  return call_conv2d(lower, upper, weight, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding,
+                     g.groups, int64_t(soundness), extra_terms);
+}
+
+
+Box interval_scale(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
+                   const OptionalTensor& magnitude, double kappa, bool sound) {
+  return call_scale(lower, upper, scale, term, magnitude, kappa, sound);
+}
+
+Box interval_add(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper,
+                 bool subtract, double kappa, bool sound) {
+  return call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+}
+
+TORCH_LIBRARY_FRAGMENT(pycert, m) {
+  m.def(
+      "interval_linear(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, int soundness, int extra_terms) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "interval_linear_backward(Tensor grad_lower, Tensor grad_upper, Tensor lower, Tensor upper, Tensor weight, "
+      "bool[3] needed) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "interval_conv2d(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] "
+      "dilation, bool transposed, int[] output_padding, int groups, int soundness, int extra_terms) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "interval_conv2d_backward(Tensor grad_lower, Tensor grad_upper, Tensor lower, Tensor upper, Tensor weight, int[] "
+      "stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, bool[3] needed) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "interval_scale(Tensor lower, Tensor upper, Tensor? scale, Tensor? term, Tensor? magnitude, float kappa, bool "
+      "sound) -> (Tensor, Tensor)");
+  m.def(
+      "interval_add(Tensor a_lower, Tensor a_upper, Tensor b_lower, Tensor b_upper, bool subtract, float kappa, bool "
+      "sound) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(pycert, CPU, m) {
+  m.impl("interval_linear", linear_cpu);
+  m.impl("interval_linear_backward", linear_backward_cpu);
+  m.impl("interval_conv2d", conv2d_cpu);
+  m.impl("interval_conv2d_backward", conv2d_backward_cpu);
+  m.impl("interval_scale", scale_cpu);
+  m.impl("interval_add", add_cpu);
+}
+
+TORCH_LIBRARY_IMPL(pycert, Autograd, m) {
+  m.impl("interval_linear", linear_autograd);
+  m.impl("interval_conv2d", conv2d_autograd);
+  m.impl("interval_scale", scale_autograd);
+  m.impl("interval_add", add_autograd);
+}
+
+}  // namespace pycert

@@ -1,0 +1,46 @@
+// Boxes through affine layers; each function goes through the dispatcher and records gradients where needed.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "ops/common.h"
+
+namespace pycert {
+
+using Pair = std::array<int64_t, 2>;
+
+struct ConvGeometry {
+  Pair stride{1, 1}, padding{0, 0}, dilation{1, 1}, output_padding{0, 0};
+  int64_t groups = 1;
+  bool transposed = false;
+};
+
+using Box = std::tuple<at::Tensor, at::Tensor>;  // lower, upper
+
+// extra_terms lengthens the deployed chain: 8 where a BatchNorm follows that may have been folded in.
+Box interval_linear(const at::Tensor& lower, const at::Tensor& upper, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias, Soundness soundness, int64_t extra_terms);
+Box interval_conv2d(const at::Tensor& lower, const at::Tensor& upper, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias, const ConvGeometry& geometry, Soundness soundness,
+                    int64_t extra_terms);
+
+// scale x + term, each [C] on dimension 1 of x or absent; kappa roundings of |scale x| + magnitude.
+Box interval_scale(const at::Tensor& lower, const at::Tensor& upper, const std::optional<at::Tensor>& scale,
+                   const std::optional<at::Tensor>& term, const std::optional<at::Tensor>& magnitude, double kappa,
+                   bool sound);
+Box interval_add(const at::Tensor& a_lower, const at::Tensor& a_upper, const at::Tensor& b_lower,
+                 const at::Tensor& b_upper, bool subtract, double kappa, bool sound);
+
+// A convolution that forms every product once and sums: oneDNN's direct algorithm or unfolding, never Winograd or FFT.
+at::Tensor direct_conv2d(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry);
+
+// n u / (1 - n u), rounded up, for the unit roundoff of the dtype.
+double gamma(double n, at::ScalarType dtype);
+
+// Length of one summation chain of `mm_blocked`.
+int64_t blocked_chain(int64_t count);
+// a [M, K] times b [K, N] with the sum over K cut into blocks that start from zero.
+at::Tensor mm_blocked(const at::Tensor& a, const at::Tensor& b);
+
+}  // namespace pycert

@@ -1,0 +1,35 @@
+"""torch's global settings under which a network runs in ways that ``soundness="deployed"`` does not cover."""
+
+from __future__ import annotations
+
+import torch
+
+_warned: set[tuple[str, ...]] = set()
+
+
+def nnpack_enabled() -> bool:
+    """Whether float32 convolutions may take NNPACK's Winograd or FFT algorithms."""
+    # torch offers no public reader for this flag.
+    return torch.backends.nnpack.is_available() and bool(getattr(torch._C, "_get_nnpack_enabled", lambda: True)())
+
+
+def uncovered(device: str, dtype: torch.dtype, convolves: bool) -> tuple[str, ...]:
+    """One phrase for every kind of execution that is allowed and not covered."""
+    if dtype != torch.float32:
+        return ()
+    found = []
+    if torch.get_float32_matmul_precision() != "highest":
+        found.append(f"float32 matrix products of precision {torch.get_float32_matmul_precision()!r}")
+    if device == "cuda" and convolves and torch.backends.cudnn.allow_tf32:
+        found.append("TF32 convolutions")
+    if device == "cpu" and convolves and nnpack_enabled():
+        found.append("NNPACK convolutions (Winograd, FFT)")
+    return tuple(found)
+
+
+def warn_once(found: tuple[str, ...]) -> bool:
+    """True the first time that these settings are met."""
+    if found in _warned:
+        return False
+    _warned.add(found)
+    return True

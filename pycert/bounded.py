@@ -1,0 +1,384 @@
+"""``BoundedModule``: a network, traced once, that can be bounded over regions of inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any, Union
+
+import torch
+from torch import Tensor, nn
+
+from pycert import _C, _flags, activations
+from pycert.graph import Graph, trace
+from pycert.options import METHODS, SIDES, SOUNDNESS, Options, memory_bytes, parse
+from pycert.ops.relaxation import SLOPES
+from pycert.regions import Box, LpBall, Region
+
+#: Numbers of the engine's methods; fastlin is crown with parallel slopes.
+_ENGINE_METHODS = {"ibp": 0, "crown-ibp": 1, "crown": 2, "fastlin": 2, "forward": 3}
+
+
+@dataclasses.dataclass
+class LinearBounds:
+    """``A_lower x + c_lower <= C f(x) <= A_upper x + c_upper`` for every ``x`` of the region.
+
+    ``A_*`` have shape ``[B, S, *in]`` (a tuple of such tensors for a network of several inputs),
+    ``c_*`` ``[B, S]``; what the call's ``side`` left out is None. The constants carry the error
+    charges of the call's ``soundness``.
+    """
+
+    A_lower: Any
+    c_lower: Tensor | None
+    A_upper: Any
+    c_upper: Tensor | None
+
+
+@dataclasses.dataclass
+class Bounds:
+    """Bounds on every output: ``lower <= f(x) <= upper`` for every ``x`` of the region.
+
+    Unpacks as ``lower, upper = bounds``. ``soundness`` is what the numbers are good for ("none",
+    "real", "deployed"), ``excludes`` the executions that it does not cover under torch's settings
+    at the time of the call.
+    """
+
+    lower: Tensor | None
+    upper: Tensor | None
+    linear: LinearBounds | None = None
+    soundness: str = "deployed"
+    excludes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.lower, self.upper))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Predicted cost of one call: ``bytes`` at its peak, beyond the network; ``flops`` in all."""
+
+    bytes: int
+    flops: float
+
+
+class BoundedModule(nn.Module):
+    """A network that can be bounded.
+
+    Args:
+        net: any module of supported layers (docs/methods.md lists them). Its parameters stay its own:
+            an optimiser step is seen by the next bound.
+        example: an input with a batch dimension, or a tuple of inputs; only shapes and dtypes matter.
+
+    Raises:
+        UnsupportedOperator: a layer cannot be bounded; names its path, its type and the nearest
+            supported form.
+        TypeError, ValueError: ``net`` or ``example`` is not what it must be.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> bm = pycert.BoundedModule(net, torch.empty(1, 2))
+        >>> lower, upper = bm.bound(pycert.LpBall(torch.zeros(1, 2), eps=0.1), method="crown")
+    """
+
+    def __init__(self, net: nn.Module, example: Union[Tensor, tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+        self.net = net
+        self.graph: Graph = trace(net, example)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        nodes = [
+            {"op": n.op, "inputs": n.inputs, "shape": n.shape, "params": n.params, "attrs": n.attrs, "path": n.path}
+            for n in self.graph.nodes
+        ]
+        self._program = _C.Program(nodes, self.graph.output)
+        self._custom = any(node.op == "custom" for node in self.graph.nodes)
+        self._convolves = any(node.op == "conv" for node in self.graph.nodes)
+        self._options: dict[Any, _C.Options] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in ("_program", "_options"):  # compiled: made anew from the graph
+            state.pop(name)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The network itself."""
+        return self.net(*inputs)
+
+    # ---- bounds -------------------------------------------------------------------------------------
+
+    def bound(
+        self,
+        region: Union[Region, tuple[Region, ...]],
+        method: str = "crown",
+        *,
+        spec: Tensor | None = None,
+        return_linear: bool = False,
+        **options: Any,
+    ) -> Bounds:
+        """Bounds on the outputs, or on ``spec @ outputs``, over a region.
+
+        Args:
+            region: ``LpBall`` or ``Box`` with a batch of ``B``; for a network of several inputs a tuple,
+                one region an input (``Box(x, x)`` for a constant one).
+            method: ``"ibp"`` (intervals), ``"crown-ibp"`` (one back-substitution over interval
+                relaxations), ``"fastlin"`` and ``"crown"`` (back-substitution for every layer; parallel
+                or adaptive slopes), ``"forward"`` (linear functions of the input propagated forward;
+                for few inputs).
+            spec: ``[S, n_out]`` or ``[B, S, n_out]``, rows to bound instead of the outputs.
+            return_linear: also return the linear functions of the input behind the bounds.
+            side: ``"both"``, ``"lower"`` or ``"upper"``; what is not asked for is not computed.
+            slope: lower slope of an unstable ReLU: ``"adaptive"``, ``"parallel"``, ``"zero"``, ``"one"``.
+            intersect: intersect every intermediate bound and the result with the interval bound.
+            soundness: ``"deployed"``, ``"real"`` or ``"none"``; see docs/soundness.md.
+            precision: ``"exact"``.
+            memory: budget for the rows of one chunk, as ``"2GiB"``; by default a quarter of what is free.
+
+        Returns:
+            ``Bounds``, with ``lower`` and ``upper`` of shape ``[B, *out]``, or ``[B, S]`` with a ``spec``,
+            in the units of the outputs and the dtype of the region. Infinite where the arithmetic
+            overflows.
+
+        Raises:
+            ValueError: unknown names, shapes that do not fit, NaN or infinite weights.
+            TypeError: another dtype than the network's.
+
+        Soundness: as ``soundness`` says. Gradient: parameters, centre and eps.
+        Source: Gowal et al. 2018 (ibp), Wong & Kolter 2018 and Weng et al. 2018 (fastlin), Zhang et al.
+        2018 (crown), Zhang et al. 2020 (crown-ibp); rounding errors as in docs/soundness.md.
+        """
+        parsed = parse(method, options, ("method", "spec", "return_linear"))
+        if return_linear and method == "ibp":
+            raise ValueError("return_linear needs a method with linear bounds, not 'ibp'")
+        regions, batch = self._regions(region)
+        rows = None if spec is None else self._spec(spec, batch, regions[0][0])
+        return self._bound(regions, rows, method, parsed, return_linear)
+
+    def _bound(
+        self,
+        regions: list[Any],
+        rows: tuple[Tensor, Tensor | None, int] | None,
+        method: str,
+        parsed: Options,
+        return_linear: bool = False,
+    ) -> Bounds:
+        tensors = self._tensors()
+        native = self._native(method, parsed, return_linear)
+        lower, upper, A_lower, c_lower, A_upper, c_upper = self._program.bound(tensors, regions, native, rows)
+        for value in (lower, upper):
+            if value is not None and not torch.isfinite(value.detach()).all():
+                self._diagnose(tensors)
+        linear = None
+        if return_linear:
+            shape = (regions[0][0].shape[0], c_lower.shape[1] if c_lower is not None else c_upper.shape[1])
+            linear = LinearBounds(self._shaped(A_lower, shape), c_lower, self._shaped(A_upper, shape), c_upper)
+        excludes = self._excludes(parsed.soundness, regions[0][0])
+        return Bounds(lower, upper, linear, parsed.soundness, excludes)
+
+    def _shaped(self, coefficients: list[Tensor | None], shape: tuple[int, int]) -> Any:
+        if not coefficients or all(A is None for A in coefficients):
+            return None
+        shaped = tuple(
+            None if A is None else A.view(*shape, *size)
+            for A, size in zip(coefficients, self.graph.inputs, strict=True)
+        )
+        return shaped[0] if len(shaped) == 1 else shaped
+
+    def layer_bounds(
+        self, region: Union[Region, tuple[Region, ...]], method: str = "crown", **options: Any
+    ) -> dict[str, Bounds]:
+        """Bounds on every pre-activation: what each activation, pool or maximum reads.
+
+        Args, errors, soundness and gradient as in :meth:`bound`.
+
+        Returns:
+            Module path of the layer that computes the value -> ``Bounds``, each ``[B, *shape]``, in
+            the order of the network.
+        """
+        parsed = parse(method, options, ("method",))
+        if method == "forward":
+            raise ValueError("layer_bounds: method 'forward' is not supported; use 'ibp', 'crown-ibp' or 'crown'")
+        regions, _ = self._regions(region)
+        found = self._program.layer_bounds(self._tensors(), regions, self._native(method, parsed, False))
+        excludes = self._excludes(parsed.soundness, regions[0][0])
+        return {
+            self.graph.nodes[i].path or f"node{i}": Bounds(lower, upper, None, parsed.soundness, excludes)
+            for i, lower, upper in found
+        }
+
+    def estimate(
+        self,
+        region: Union[Region, tuple[Region, ...]],
+        method: str = "crown",
+        *,
+        spec: Tensor | None = None,
+        **options: Any,
+    ) -> Cost:
+        """Predicted memory and work of :meth:`bound` with the same arguments, from one interval pass.
+
+        Returns:
+            ``Cost(bytes, flops)``: peak bytes beyond the network and floating-point operations, each
+            within a factor of two on the networks of benchmarks/bench_estimate.py.
+        """
+        parsed = parse(method, options, ("method", "spec"))
+        regions, batch = self._regions(region)
+        rows = None if spec is None else self._spec(spec, batch, regions[0][0])
+        size, flops = self._program.estimate(self._tensors(), regions, self._native(method, parsed, False), rows)
+        return Cost(int(size), flops)
+
+    # ---- arguments ----------------------------------------------------------------------------------
+
+    def _tensors(self) -> list[Tensor]:
+        self.graph.check()
+        return self.graph.tensors()
+
+    def _native(self, method: str, options: Options, return_linear: bool) -> _C.Options:
+        training = tuple(bool(norm.training) for norm in self.graph.batch_norms)
+        memory = 0 if method == "ibp" else memory_bytes(options.memory)
+        key = (method, options, return_linear, training)
+        native = self._options.get(key) if method == "ibp" else None
+        if native is None:
+            native = _C.Options(
+                method=_ENGINE_METHODS[method],
+                slope=SLOPES.index("parallel" if method == "fastlin" else options.slope),
+                soundness=SOUNDNESS.index(options.soundness),
+                side=SIDES.index(options.side),
+                intersect=options.intersect,
+                return_linear=return_linear,
+                memory=max(memory, 2**26) if method == "ibp" else memory,
+                training=list(training),
+            )
+            if self._custom:
+                native.set_custom(activations.custom_lines, activations.custom_interval)
+            if method == "ibp":
+                self._options[key] = native
+        return native
+
+    def _regions(self, region: Union[Region, tuple[Region, ...]]) -> tuple[list[Any], int]:
+        given = region if isinstance(region, (tuple, list)) else (region,)
+        wanted = self.graph.inputs
+        if len(given) != len(wanted):
+            raise ValueError(f"region: the network has {len(wanted)} inputs, got {len(given)} regions")
+        batch = -1
+        for number, (one, shape) in enumerate(zip(given, wanted, strict=True)):
+            if not isinstance(one, (LpBall, Box)):
+                raise TypeError(f"region must be a pycert.LpBall or pycert.Box, got {type(one).__name__}")
+            if tuple(one.lower.shape[1:]) != tuple(shape):
+                raise ValueError(
+                    f"region: input {number} of the network has shape [B, {', '.join(map(str, shape))}], "
+                    f"got {list(one.lower.shape)}"
+                )
+            if batch not in (-1, one.batch):
+                raise ValueError(f"region: all inputs must have the same batch, got {batch} and {one.batch}")
+            first = given[0]
+            assert isinstance(first, (LpBall, Box))
+            if one.lower.dtype != first.lower.dtype or one.lower.device != first.lower.device:
+                raise TypeError("region: all inputs must have the same dtype and device")
+            batch = one.batch
+        return [one._for_engine() for one in given], batch
+
+    def _spec(self, spec: Tensor, batch: int, like: Tensor) -> tuple[Tensor, Tensor | None, int]:
+        count = self.graph.numel(self.graph.output)
+        if not isinstance(spec, Tensor):
+            raise TypeError(f"spec must be a tensor, got {type(spec).__name__}")
+        if spec.dtype != like.dtype or spec.device != like.device:
+            raise TypeError(
+                f"spec must have the dtype and device of the region ({like.dtype}, {like.device}), "
+                f"got {spec.dtype}, {spec.device}"
+            )
+        if spec.dim() not in (2, 3) or spec.shape[-1] != count or (spec.dim() == 3 and spec.shape[0] != batch):
+            raise ValueError(
+                f"spec must have shape [S, {count}] or [{batch}, S, {count}], got {list(spec.shape)}"
+            )
+        if spec.shape[-2] == 0:
+            raise ValueError("spec must have at least one row, got none")
+        if not torch.isfinite(spec.detach()).all():
+            raise ValueError("spec must be finite, got NaN or infinite values")
+        rows = spec.shape[-2]
+        if spec.dim() == 3:
+            return spec.reshape(-1, count), None, rows
+        return spec, torch.arange(rows, device=spec.device).repeat(batch), rows
+
+    def _class_rows(self, y: Tensor, batch: int, like: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Rows f_y - f_j by a table over pairs of classes: no product per sample."""
+        classes = self.graph.numel(self.graph.output)
+        if classes < 2:
+            raise ValueError(f"margins need at least 2 outputs, the network has {classes}")
+        if not isinstance(y, Tensor) or y.dtype.is_floating_point or y.dtype == torch.bool:
+            raise TypeError("y must be a tensor of integer class labels")
+        if y.shape != (batch,):
+            raise ValueError(f"y must have shape [{batch}], got {list(y.shape)}")
+        if bool(((y < 0) | (y >= classes)).any()):
+            raise ValueError(f"y must hold classes 0 to {classes - 1}, got {int(y.min())} to {int(y.max())}")
+        eye = torch.eye(classes, dtype=like.dtype, device=like.device)
+        others = ~torch.eye(classes, dtype=torch.bool, device=like.device)
+        table = (eye.unsqueeze(1) - eye.unsqueeze(0))[others]  # [classes * (classes - 1), classes]
+        within = torch.arange(classes - 1, device=like.device)
+        source = (y.to(device=like.device, dtype=torch.int64).unsqueeze(1) * (classes - 1) + within).flatten()
+        return table, source, classes - 1
+
+    def _excludes(self, soundness: str, like: Tensor) -> tuple[str, ...]:
+        if soundness != "deployed":
+            return ()
+        found = _flags.uncovered(like.device.type, like.dtype, self._convolves)
+        if found and _flags.warn_once(found):
+            warnings.warn(
+                "torch may run this network in ways that soundness='deployed' does not cover: "
+                + "; ".join(found)
+                + " (see `pycert doctor`)",
+                stacklevel=4,
+            )
+        return found
+
+    def _diagnose(self, tensors: list[Tensor]) -> None:
+        """Names the layer whose weights made a result infinite; an overflow leaves infinite bounds."""
+        for slot, value in zip(self.graph.slots, tensors, strict=True):
+            if value.dtype.is_floating_point and not torch.isfinite(value.detach()).all():
+                raise ValueError(f"'{slot.path}' has NaN or infinite values")
+
+    def extra_repr(self) -> str:
+        return f"{len(self.graph.nodes)} operators"
+
+
+def margins(
+    bm: BoundedModule,
+    region: Union[Region, tuple[Region, ...]],
+    y: Tensor,
+    method: str = "crown-ibp",
+    **options: Any,
+) -> Tensor:
+    """Lower bounds of ``f_y - f_j`` for every other class.
+
+    Args:
+        bm: the network; its output has one score a class.
+        region: as in :meth:`BoundedModule.bound`, batch ``B``.
+        y: ``[B]``, integer class labels.
+        method, options: as in :meth:`BoundedModule.bound`, without ``spec`` and ``side``.
+
+    Returns:
+        ``[B, n_out - 1]``, ``j`` ascending without ``y``, in the units of the outputs.
+
+    Raises:
+        ValueError, TypeError: labels out of range or of another type; as in ``bound``.
+
+    Soundness and gradient: as in ``bound``.
+    """
+    if "side" in options:
+        raise ValueError("margins are lower bounds: option 'side' is not taken")
+    parsed = parse(method, {**options, "side": "lower"}, ("method",))
+    regions, batch = bm._regions(region)
+    rows = bm._class_rows(y, batch, regions[0][0])
+    lower = bm._bound(regions, rows, method, parsed).lower
+    assert lower is not None
+    return lower
+
+
+__all__ = ["METHODS", "BoundedModule", "Bounds", "Cost", "LinearBounds", "margins"]

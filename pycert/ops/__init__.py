@@ -1,0 +1,22 @@
+"""Single operators, through torch's dispatcher; importing :mod:`pycert` registers them."""
+
+from pycert.ops.backsub import concretize
+from pycert.ops.interval import interval_conv2d, interval_linear
+from pycert.ops.relaxation import (
+    ActivationLines,
+    ReluRelaxation,
+    activation_interval,
+    activation_lines,
+    relu_relaxation,
+)
+
+__all__ = [
+    "ActivationLines",
+    "ReluRelaxation",
+    "activation_interval",
+    "activation_lines",
+    "concretize",
+    "interval_conv2d",
+    "interval_linear",
+    "relu_relaxation",
+]

@@ -1,0 +1,98 @@
+"""Names and options of the methods, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from typing import Any, Union
+
+from pycert.ops.relaxation import SLOPES
+
+#: Methods of :meth:`pycert.BoundedModule.bound`, cheapest first.
+METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "forward")
+SOUNDNESS = ("none", "real", "deployed")
+SIDES = ("both", "lower", "upper")
+PRECISIONS = ("exact",)
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What ``bound`` and its relatives take by keyword; see :meth:`pycert.BoundedModule.bound`."""
+
+    side: str = "both"
+    slope: str = "adaptive"
+    intersect: bool = True
+    soundness: str = "deployed"
+    precision: str = "exact"
+    memory: Union[str, int, None] = None
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+
+
+def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}{hint}")
+
+
+def parse(method: str, given: dict[str, Any], also: tuple[str, ...] = ()) -> Options:
+    """The options of a call.
+
+    Args:
+        method: one of ``METHODS``.
+        given: keyword arguments of the call.
+        also: names the caller takes itself, listed in the error for unknown ones.
+
+    Raises:
+        ValueError: an unknown method, option or value.
+    """
+    _choose("method", method, METHODS)
+    unknown = [name for name in given if name not in _NAMES]
+    if unknown:
+        known = sorted({*_NAMES, *also})
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}.{hint}")
+    options = Options(**given)
+    _choose("side", options.side, SIDES)
+    _choose("slope", options.slope, SLOPES)
+    _choose("soundness", options.soundness, SOUNDNESS)
+    _choose("precision", options.precision, PRECISIONS)
+    if not isinstance(options.intersect, bool):
+        raise ValueError(f"intersect must be True or False, got {options.intersect!r}")
+    return options
+
+
+def memory_bytes(memory: Union[str, int, None]) -> int:
+    """Bytes of a ``memory=`` option: a number, or text such as ``"2GiB"``; by default a quarter of what is free."""
+    if memory is None:
+        return max(2**26, _free_bytes() // 4)
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", memory)
+        if match is None or match.group(2).lower() not in _UNITS:
+            raise ValueError(f"memory must be bytes or text such as '2GiB' or '500MB', got {memory!r}")
+        memory = int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+    if memory <= 0:
+        raise ValueError(f"memory must be positive, got {memory}")
+    return memory
+
+
+def _free_bytes() -> int:
+    try:
+        with open("/proc/meminfo") as info:
+            for line in info:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 2**32
