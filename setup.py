@@ -75,7 +75,7 @@ def extension() -> Extension:
     cpp = sources("cpu/*.cpp", "ops/*.cpp", "engine/*.cpp", "bindings.cpp")
     cpp = [path for path in cpp if not path.endswith("_cuda.cpp")]
     # No contraction: a fused multiply-add appears where it is written as fma and nowhere else.
-    host = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+    host = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
     link = ["-Wl,-x"] if platform.system() == "Darwin" else ["-Wl,-s", "-Wl,--gc-sections"]
     if platform.system() == "Linux":
         # at::parallel_for is a header template: compiled without OpenMP it runs serially. The library

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from . import libraries, results
+from . import libraries, results, timing
 
 SUBJECTS = {
     "engine": "benchmarks.bench_engine",
@@ -33,6 +33,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, ModuleTyp
         "--quick", action="store_true", help="smallest case only; nothing is written without --out"
     )
     parser.add_argument("--seconds", type=float, default=1.0, help="measured time per figure (default 1)")
+    parser.add_argument(
+        "--clock",
+        choices=timing.CLOCKS,
+        default="wall",
+        help="processor: for a busy machine, with --threads 1",
+    )
     parser.add_argument("--out", type=pathlib.Path, help="folder of the results (default benchmarks/results)")
     named = next((word for word in arguments if word in SUBJECTS or word == "all"), None)
     chosen = list(SUBJECTS) if named == "all" else [named] if named else []
@@ -57,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = args.out or (None if args.quick else results.FOLDER)
     empty = False
     for name, module in modules.items():
-        about = results.describe(arguments, args.threads, args.peer)
+        about = results.describe(arguments, args.threads, args.peer, args.clock)
         result = {"about": about, **module.run(args)}
         results.print_tables(result)
         if folder is not None:

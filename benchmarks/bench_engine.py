@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Arguments of :func:`measure`, one dict a case."""
-    common = {"threads": args.threads, "seconds": args.seconds, "peers": args.peer}
+    common = {"threads": args.threads, "seconds": args.seconds, "clock": args.clock, "peers": args.peer}
     common["names"] = args.libraries.split(",")
     if args.quick:
         quick = {**common, "seconds": 0.05, "passes": list(PASSES)}
@@ -77,6 +77,7 @@ def measure(
     names: list[str],
     threads: int,
     seconds: float,
+    clock: str,
     peers: list[str],
 ) -> Iterator[dict[str, Any]]:
     """Rows of one case, one per pass: seconds and peak bytes of every library and of the plain network."""
@@ -93,7 +94,7 @@ def measure(
         yield {
             "pass": each,
             "threads": threads,
-            **figures(calls, seconds),
+            **figures(calls, seconds, clock),
             **missing,
             **agreement(built, x, eps, each),
         }
@@ -159,7 +160,7 @@ def clear(parameters: list[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def figures(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+def figures(calls: dict[str, Callable[[], Any]], seconds: float, clock: str) -> dict[str, Any]:
     """Times (alternating) and peak memory of every call; one that fails is left out with its error."""
     failed = {}
     for name, call in list(calls.items()):
@@ -169,7 +170,7 @@ def figures(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, An
             failed[name] = f"{type(error).__name__}: {error}"[:200]
             del calls[name]
     start = timing.processor_ticks()
-    times = timing.alternate(calls, seconds)
+    times = timing.alternate(calls, seconds, clock)
     busy = timing.busy_since(start)
     peaks = {name: timing.peak_memory(call) for name, call in calls.items()}
     pairs = {}

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             libraries.AutoLirpa(net, example, "ibp")
             calls["auto_LiRPA"] = lambda net=net, example=example: libraries.AutoLirpa(net, example, "ibp")
         start = timing.processor_ticks()
-        times = timing.alternate(calls, args.seconds)
+        times = timing.alternate(calls, args.seconds, args.clock)
         row = {"net": name, **{f"{call} ms": found.median * 1e3 for call, found in times.items()}}
         rows.append({**row, "busy": timing.busy_since(start)})
         print(rows[-1], flush=True)

@@ -69,13 +69,13 @@ def command(arguments: list[str]) -> str:
     return " ".join(["python -m benchmarks", *words])
 
 
-def describe(arguments: list[str], threads: int, peers: list[str]) -> dict[str, Any]:
+def describe(arguments: list[str], threads: int, peers: list[str], clock: str) -> dict[str, Any]:
     """Everything about a run that is not a figure."""
     return {
         "command": command(arguments),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "machine": machine(threads),
+        "machine": {**machine(threads), "clock": clock},
         "versions": versions(peers),
     }
 

@@ -52,6 +52,10 @@ def ratio(a: Timing, b: Timing) -> tuple[float, float, float]:
     return a.median / b.median, low, high
 
 
+#: What a call is timed by; processor time (of all threads) holds still on a busy machine if one thread is used.
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
 def warm_up(call: Callable[[], Any], seconds: float) -> float:
     """Call four times, fewer if slow, and return the last time: some libraries compile in the first calls."""
     for _ in range(4):
@@ -63,12 +67,15 @@ def warm_up(call: Callable[[], Any], seconds: float) -> float:
     return last
 
 
-def alternate(calls: Mapping[str, Callable[[], Any]], seconds: float = 1.0) -> dict[str, Timing]:
+def alternate(
+    calls: Mapping[str, Callable[[], Any]], seconds: float = 1.0, clock: str = "wall"
+) -> dict[str, Timing]:
     """Time every callable in turn, block by block, and return one :class:`Timing` each.
 
     Args:
         calls: name to a callable without arguments.
         seconds: roughly how long the slowest of them is measured; all get equally many blocks.
+        clock: one of ``CLOCKS``.
     """
     once = {name: warm_up(call, seconds) for name, call in calls.items()}
     per_block = {name: max(1, int(BLOCK_SECONDS / max(one, 1e-7))) for name, one in once.items()}
@@ -80,7 +87,7 @@ def alternate(calls: Mapping[str, Callable[[], Any]], seconds: float = 1.0) -> d
     processor = dict.fromkeys(calls, 0.0)
     for _ in range(rounds):
         for name, call in calls.items():
-            times, used = time_block(call, per_block[name])
+            times, used = time_block(call, per_block[name], CLOCKS[clock])
             samples[name] += times
             blocks[name].append(statistics.median(times))
             processor[name] += used / rounds
@@ -91,16 +98,16 @@ def alternate(calls: Mapping[str, Callable[[], Any]], seconds: float = 1.0) -> d
     return result
 
 
-def time_block(call: Callable[[], Any], count: int) -> tuple[list[float], float]:
+def time_block(call: Callable[[], Any], count: int, clock: Callable[[], float]) -> tuple[list[float], float]:
     """Time of each of ``count`` calls and the mean processor time; an uncounted call refills the caches."""
     if count > 1:
         call()
     times = []
     before = time.process_time()
     for _ in range(count):
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return times, (time.process_time() - before) / count
 
 

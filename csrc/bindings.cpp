@@ -5,6 +5,9 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <c10/util/StringUtil.h>
+
+#include <algorithm>
 #include <chrono>
 #include <memory>
 
@@ -191,7 +194,8 @@ engine::CustomInterval interval_callback(py::function f) {
 void disable_term(const std::string& name) {
   const auto& names = term_names();
   const auto found = std::find(names.begin(), names.end(), name);
-  TORCH_CHECK_VALUE(found != names.end(), "testing_disable: unknown term '", name, "'");
+  TORCH_CHECK_VALUE(found != names.end(), "testing_disable: unknown term '", name, "'; known are ",
+                    c10::Join(", ", names));
   disabled_terms() |= 1u << (found - names.begin());
 }
 

@@ -102,7 +102,7 @@ def register_activation(
     """
     if not callable(f) or not callable(df):
         raise TypeError("register_activation: f and df must be callable")
-    name = name or getattr(f, "__name__", "<lambda>")
+    name = name or str(getattr(f, "__name__", "<lambda>"))
     if name == "<lambda>":
         raise ValueError("register_activation: a lambda needs a name, as in name='silu'")
     if not error > 0:

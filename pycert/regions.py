@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ class LpBall:
     def __init__(
         self,
         x: Tensor,
-        eps: Union[float, Tensor],
+        eps: float | Tensor,
         p: float = math.inf,
         clip: tuple[float, float] | None = None,
     ) -> None:
@@ -58,7 +57,7 @@ class LpBall:
         if clip is not None and bool((self.lower > self.upper).any()):
             raise ValueError(f"clip: the ball around x does not meet the range {clip} in some coordinate")
 
-    def _eps_tensor(self, eps: Union[float, Tensor]) -> Tensor:
+    def _eps_tensor(self, eps: float | Tensor) -> Tensor:
         x = self.x
         if isinstance(eps, Tensor):
             if eps.dtype != x.dtype or eps.device != x.device:
@@ -70,7 +69,9 @@ class LpBall:
             value = eps.expand(x.shape[0])
             bad = ~(torch.isfinite(eps.detach()) & (eps.detach() >= 0))
             if bool(bad.any()):
-                raise ValueError(f"eps must be finite and at least 0, got {eps.detach()[bad].flatten()[0].item()}")
+                raise ValueError(
+                    f"eps must be finite and at least 0, got {eps.detach()[bad].flatten()[0].item()}"
+                )
             return value
         if not (math.isfinite(eps) and eps >= 0):
             raise ValueError(f"eps must be finite and at least 0, got {eps}")
@@ -143,4 +144,4 @@ class Box:
         return self.lower, self.upper, None, None, 0, False
 
 
-Region = Union[LpBall, Box]
+Region = LpBall | Box

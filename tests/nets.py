@@ -401,7 +401,7 @@ def box_of(where) -> tuple[Tensor, Tensor]:
     lower, upper = x - eps, x + eps
     if where.clip is None:
         return lower, upper
-    low, high = (torch.as_tensor(end).double() for end in where.clip)
+    low, high = (torch.tensor(end, dtype=torch.float64) for end in where.clip)
     return lower.maximum(low), upper.minimum(high)
 
 

@@ -110,7 +110,8 @@ def test_linear_bounds_concretise_to_the_bounds(name, method):
         with torch.no_grad():
             found = bm.bound(where, method=method, return_linear=True, soundness="none", intersect=False)
         ball = reference.Region(where, F64)
-        expected = ball.concretize(reference.Linear(*found.linear))
+        parts = (getattr(found.linear, name) for name in reference.Linear._fields)
+        expected = ball.concretize(reference.Linear(*parts))
         assert_same(found, [end.reshape(found.lower.shape) for end in expected])
 
 
@@ -144,7 +145,7 @@ def test_gradients_equal_the_reference(name, method):
         theirs = gradients((weights[0] * lower + weights[1] * upper).sum(), inputs)
         for mine, other in zip(ours, theirs):
             size = float(other.abs().amax()) if other.numel() else 0.0
-            torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-8 * (1 + size), msg=lambda m: f"p={p}: {m}")
+            torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-8 * (1 + size), msg=lambda m, p=p: f"p={p}: {m}")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -221,7 +222,7 @@ def test_intersected_bounds_are_never_looser_than_interval_bounds(name, method):
         assert (refined.upper <= interval.upper + slack).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS[1:])
 @pytest.mark.parametrize("name", ["mlp_relu", "conv_plain", "residual", "pools"])
 def test_unit_rows_give_the_bounds_of_the_output(name, method):
     _, bm, graph, x = setup(name)
@@ -290,13 +291,14 @@ def test_chunks_do_not_change_the_bounds(memory):
     torch.testing.assert_close(whole.upper, parts.upper, rtol=1e-10, atol=1e-12)
 
 
-def test_batches_of_none_and_one():
+def test_a_batch_of_one():
     _, bm, _, x = setup("mlp_relu")
     for method in METHODS:
         with torch.no_grad():
-            nothing = bm.bound(pycert.LpBall(x[:0], eps=0.1, p=math.inf), method=method)
             one = bm.bound(pycert.LpBall(x[:1], eps=0.1, p=math.inf), method=method)
-        assert nothing.lower.shape == (0, 3) and one.lower.shape == (1, 3)
+        assert one.lower.shape == one.upper.shape == (1, 3)
+    with pytest.raises(ValueError, match="batch"):
+        pycert.LpBall(x[:0], eps=0.1, p=math.inf)
 
 
 def test_unknown_options_are_refused_with_the_known_ones():

@@ -87,7 +87,8 @@ def rational_or_infinite(tensor: torch.Tensor) -> list:
 
 def check_lines(linear, points, values, method: str) -> None:
     """``A_lower x + c_lower <= value <= A_upper x + c_upper`` with no rounding at all."""
-    if not all(part.isfinite().all() for part in linear):
+    parts = (linear.A_lower, linear.c_lower, linear.A_upper, linear.c_upper)
+    if not all(part.isfinite().all() for part in parts):
         return
     A_lower, A_upper = (rational(A[0].flatten(1)) for A in (linear.A_lower, linear.A_upper))
     c_lower, c_upper = rational(linear.c_lower[0]), rational(linear.c_upper[0])

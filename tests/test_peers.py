@@ -109,7 +109,7 @@ def test_radius_zero_holds_the_real_output():
     for bounds in found:
         assert (bounds.lower.double() <= exact).all()
         assert (exact <= bounds.upper.double()).all()
-        assert (bounds.upper - bounds.lower).max() < 1e-2
+        assert (bounds.upper - bounds.lower).max() < 0.1
 
 
 @pytest.mark.parametrize(

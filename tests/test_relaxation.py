@@ -102,7 +102,7 @@ def violation(lines: pycert.ops.ActivationLines, x: Tensor, y: Tensor, rounding:
 @pytest.mark.parametrize(("name", "arguments", "kinks"), EVERY, ids=label)
 @pytest.mark.parametrize("seed", range(2))
 def test_float32_lines_and_intervals_contain_every_sample(name, arguments, kinks, slope, seed):
-    for lower, upper in (random_boxes(seed, 4096, torch.float32), edge_boxes(torch.float32)):
+    for lower, upper in (random_boxes(seed, 2048, torch.float32), edge_boxes(torch.float32)):
         x = samples(lower, upper)
         y = reference.function(name, **arguments)(x)
         lines = activation_lines(lower, upper, name, slope=slope, **arguments)
@@ -154,7 +154,7 @@ def count_exact_violations(lines, lower, upper, f, kinks) -> int:
 @pytest.mark.parametrize(("name", "arguments", "kinks"), PIECEWISE, ids=label)
 def test_piecewise_lines_hold_in_exact_arithmetic(name, arguments, kinks, slope, dtype):
     f = exact_function(name, arguments)
-    for lower, upper in (random_boxes(3, 300, dtype), random_boxes(4, 300, dtype, 15.0), edge_boxes(dtype)):
+    for lower, upper in (random_boxes(3, 200, dtype), random_boxes(4, 200, dtype, 15.0), edge_boxes(dtype)):
         lines = activation_lines(lower, upper, name, slope=slope, **arguments)
         assert count_exact_violations(lines, lower, upper, f, kinks) == 0
         low, high = activation_interval(lower, upper, name, **arguments)
@@ -338,7 +338,7 @@ def test_piecewise_lines_have_least_area(name, arguments, kinks, slope):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 def test_smooth_lines_have_least_area(name, dtype):
-    lower, upper = random_boxes(22, 4096, dtype, 2.0)
+    lower, upper = random_boxes(22, 500, dtype, 2.0)
     expected = reference.s_shaped_lines(lower, upper, reference.function(name))
     found = activation_lines(lower, upper, name)
     tolerance = 1e-7 if dtype == torch.float32 else 1e-10
@@ -350,16 +350,16 @@ def test_smooth_lines_have_least_area(name, dtype):
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 def test_no_slope_gives_less_area_by_brute_force(name):
     """Independent of any theory: on a grid of slopes none leaves a lower line above f."""
-    lower, upper = random_boxes(23, 300, torch.float64, 1.0)
+    lower, upper = random_boxes(23, 100, torch.float64, 1.0)
     x = samples(lower, upper, 401)
     y = reference.function(name)(x)
     middle = (lower + upper) / 2
     steepest = {"sigmoid": 0.25, "tanh": 1.0}[name]
-    slopes = torch.linspace(0, steepest, 801, dtype=torch.float64)
+    slopes = torch.linspace(0, steepest, 301, dtype=torch.float64)
     best_upper = torch.stack([(y - k * x).amax(0) + k * middle for k in slopes]).amin(0)
     best_lower = torch.stack([(y - k * x).amin(0) + k * middle for k in slopes]).amax(0)
     low, high = heights(activation_lines(lower, upper, name), lower, upper)
-    step = steepest / 800 * (upper - lower)  # the grids' own error
+    step = steepest / 300 * (upper - lower)  # the grids' own error
     assert (high <= best_upper + step + 1e-9).all() and (low >= best_lower - step - 1e-9).all()
 
 

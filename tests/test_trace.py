@@ -197,7 +197,7 @@ MOVEMENT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "in_place_view": (lambda m, x: _written_through_views(x), (2, 4)),
     "in_place_copy": (lambda m, x: _copied_then_changed(x), (2, 4)),
     "numpy_index": (lambda m, x: x[:, np.array([1, 0])], (3,)),
-    "keywords": (lambda m, x: F.linear(input=x, weight=torch.ones(2, 3)) + torch.flatten(input=x, start_dim=1)[:, :2], (3,)),
+    "keywords": (lambda m, x: F.linear(input=x, weight=torch.ones(2, 3, dtype=x.dtype)) + torch.flatten(input=x, start_dim=1)[:, :2], (3,)),
     "casts": (lambda m, x: x.to(x.dtype).to(x.device).double().to(memory_format=torch.channels_last), (2, 3, 4)),
     "interpolate": (lambda m, x: F.interpolate(x, size=(5, 3), mode="nearest"), (2, 3, 4)),
     "script": (lambda m, x: _script(x), (3,)),
@@ -225,10 +225,12 @@ def _doubled(x: Tensor) -> Tensor:
 
 def _written_through_views(x: Tensor) -> Tensor:
     y = x * 1.5
-    part = y.view(-1, 8)[:, 2:6].unflatten(1, (2, 2)).mT
+    part = y.view(-1, 8)[:, 2:6].view(-1, 2, 2).mT
     part[:, 0] *= 3
-    y.mT[:, 1:].relu_()
-    return y + 1
+    other = y.mT[:, 1:]
+    other.relu_()
+    y -= 1
+    return y + torch.cat([other, part[:, :1]], 1).view(-1, 2, 4)
 
 
 def _copied_then_changed(x: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,8 +70,7 @@ FUNCTIONS = {
     "out_argument": (lambda m, x: torch.add(x, 1, out=torch.empty(3)), "out=", "returns"),
     "write_into_constant": (lambda m, x: torch.zeros(x.shape).add_(x), "into a constant tensor", "torch.cat"),
     "assignment_into_constant": (lambda m, x: _filled(torch.zeros(x.size(0), 3), x), "constant tensor", "torch.cat"),
-    "stale_view": (lambda m, x: _stale(x), "changed in place", "in-place"),
-    "changed_through_a_possible_view": (lambda m, x: _possible_view(x), "changed in place", "in-place"),
+    "changed_through_a_possible_view": (lambda m, x: _possible_view(x), "may have been changed in place", "in-place"),
     "tuple": (lambda m, x: (x, x), "output of type tuple", "one tensor"),
     "dictionary": (lambda m, x: {"logits": x}, "output of type dict", "one tensor"),
     "nothing": (lambda m, x: None, "output of type NoneType", "one tensor"),
@@ -108,17 +109,10 @@ def _filled(target: Tensor, value: Tensor | float, index: int | slice = slice(No
     return target
 
 
-def _stale(x: Tensor) -> Tensor:
-    y = x * 2
-    part = y[:, :1]
-    y += 1
-    return y + part
-
-
 def _possible_view(x: Tensor) -> Tensor:
     y = x * 2
     y.reshape(-1, 3).relu_()
-    return y
+    return y + 1
 
 
 def _hidden(x: Tensor) -> Tensor:
@@ -175,6 +169,30 @@ def test_a_parameter_in_control_flow_is_refused():
     assert "frozen" in error.hint
     refused(Apply(lambda m, x: x * m.w.item(), w=parameter(1)), 3, match="depends on a parameter")
     refused(Apply(lambda m, x: x[:, m.w.argsort()], w=parameter(3)), 3, match="depends on a parameter")
+
+
+@pytest.mark.parametrize(
+    "function, kind",
+    [
+        (lambda m, x: x * nn.Parameter(m.w * 2), "a Parameter made or copied"),
+        (lambda m, x: x * copy.deepcopy(m.w), "a Parameter made or copied"),
+        (lambda m, x: x * (copy.deepcopy(m.w) + 1), "a Parameter made or copied"),
+        (lambda m, x: x * torch.vmap(lambda w: w * 2)(m.w), "torch.func"),
+        (lambda m, x: torch.vmap(lambda row: row * 2)(x), "torch.func"),
+        (lambda m, x: x * torch.func.grad(lambda w: (w * w).sum())(m.w), "torch.func"),
+        (lambda m, x: x * F.dropout(m.w, 0.5, True), "random function dropout"),
+        (lambda m, x: x * torch.zeros(3).copy_(m.w), "copy_ changing"),
+        (lambda m, x: x * m.w.clone().mul_(2), "mul_ changing"),
+        (lambda m, x: x * torch.from_numpy(m.w.detach().numpy()), "depends on a parameter"),
+        (lambda m, x: torch.compile(lambda a: a * 2, backend="eager")(x), "torch.compile"),
+    ],
+)
+def test_no_parameter_is_frozen_in_silence(function, kind):
+    assert kind in refused(Apply(function, w=parameter(3)), 3, match=".").kind
+
+
+def test_values_drawn_by_numpy_are_refused():
+    refused(Apply(lambda m, x: x * float(np.random.rand())), 3, match="depend on the batch size")
 
 
 def test_state_changed_in_the_forward_is_refused():

@@ -341,6 +341,40 @@ def test_parameters_outside_of_the_module_are_live(x):
     assert evaluate(graph, sample).requires_grad
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        return value * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * Doubled.apply(m.w),
+        lambda m, x: Doubled.apply(x) * m.w,
+        lambda m, x: x * torch.tensor(m.w),
+        lambda m, x: x * torch.stack([value * 2 for value in m.w]),
+        lambda m, x: x * m.state_dict()["w"],
+        lambda m, x: x * nn.utils.parameters_to_vector(m.parameters()),
+        lambda m, x: x * m.w.data.clamp(min=0.1),
+        lambda m, x: torch.func.functional_call(m.fc, {"weight": torch.diag(m.w)}, (x,)),
+        lambda m, x: x @ torch.linalg.qr(torch.diag(m.w) + 0.1).Q,
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_other_ways_to_read_a_parameter_are_live(function):
+    net = Apply(function, w=parameter(4))
+    object.__setattr__(net, "fc", nn.Linear(4, 4, bias=False))
+    graph = trace(net, torch.empty(1, 4))
+    net.w.data = torch.randn(4)
+    sample = torch.randn(3, 4)
+    torch.testing.assert_close(evaluate(graph, sample), net(sample))
+
+
 def test_modules_in_plain_lists_are_found(x):
     net = Apply(lambda m, x: m.layers[1](m.layers[0](x)), a=nn.Linear(4, 4), b=nn.BatchNorm1d(4))
     net.layers = [net.a, net.b]
@@ -422,3 +456,26 @@ def test_resnets_deepcopy_and_pickle_in_training_mode():
     net_copy.eval()
     assert not any(module.training for module in graph_copy.batch_norms)
     assert all(module.training for module in pickle.loads(pickle.dumps(graph)).batch_norms)
+
+
+# ---- registered activations -------------------------------------------------------------------
+
+
+def cubic(x: Tensor) -> Tensor:
+    return x * x * x / 8
+
+
+def cubic_slope(x: Tensor) -> Tensor:
+    return 3 * x * x / 8
+
+
+def test_registered_activations_are_one_operator(x):
+    act = pycert.register_activation(cubic, cubic_slope, [0.0], name="cubic_for_tracing")
+    inner = Apply(lambda m, x: act(m.fc(x)) + 1, fc=nn.Linear(4, 4))
+    net = nn.Sequential(inner, act).double()
+    graph = traced(net, 4)
+    assert [node.op for node in graph.nodes] == ["input", "linear", "custom", "add_const", "custom"]
+    assert [node.path for node in graph.nodes][1:] == ["0.fc", "0.cubic_for_tracing", "0.add", "1"]
+    assert graph.nodes[2].attrs == {"name": "cubic_for_tracing"}
+    assert_agree(graph, net, x[:, 0, 0])
+    assert_agree(pickle.loads(pickle.dumps(graph)), net, x[:, 0, 0])

@@ -5,15 +5,19 @@
 
 namespace pycert {
 
+// V is a number or a vector of them. Everything is computed and then selected: no branch on the data.
+
 // coefficient * line with 0 * inf = 0: an unbounded line behind a zero coefficient says nothing.
-PYCERT_HD inline double weigh(double coefficient, double value) {
-  return coefficient == 0 ? 0 : coefficient * value;
+template <typename V>
+PYCERT_HD inline V weigh(V coefficient, V value) {
+  const V product = coefficient * value;
+  return coefficient == V{} ? V{} : product;
 }
 
 // The end of [lower, upper] where coefficient * x is least.
-template <typename T>
-PYCERT_HD inline T least_end(T coefficient, T lower, T upper) {
-  return coefficient >= T(0) ? lower : upper;
+template <typename V>
+PYCERT_HD inline V least_end(V coefficient, V lower, V upper) {
+  return coefficient >= V{} ? lower : upper;
 }
 
 }  // namespace pycert

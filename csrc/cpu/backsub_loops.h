@@ -4,23 +4,17 @@
 // Sums run in double, in eight strands per segment. For float32 coefficients every product is then exact, so that
 // the charge for summing is gamma_N(2^-53) times the sum of magnitudes.
 
-inline constexpr int kStrands = 8;
+#include "cpu/lanes.h"
 
 struct Sums {
-  double value[kStrands] = {}, magnitude[kStrands] = {}, error[kStrands] = {};
+  Doubles value{}, magnitude{}, error{};
 };
-
-inline double total(const double (&strands)[kStrands]) {
-  double sum = 0;
-  for (double strand : strands) sum += strand;
-  return sum;
-}
 
 // The part of row q that lies inside the image, as runs of neighbouring elements: f(offset in row, index in sample,
 // length). `outside(offset, length)` is called for the rest, the padding.
 template <typename Inside, typename Outside>
-inline void for_runs(const Window& window, const Extent& extent, const int64_t* position, const Inside& inside,
-                     const Outside& outside) {
+PYCERT_INLINE void for_runs(const Window& window, const Extent& extent, const int64_t* position, const Inside& inside,
+                            const Outside& outside) {
   if (window.dense) {
     inside(int64_t(0), int64_t(0), extent.numel());
     return;
@@ -60,27 +54,28 @@ struct RelaxPointers {
 };
 
 template <bool kSound, bool kLowerIntercept, bool kBias, typename T>
-inline void relax_run(const T* rows, T sign, T* out, const RelaxPointers<T>& p, int64_t n, Sums& sums) {
-  const auto step = [&](int64_t k, int strand) {
-    const T a = sign * rows[k];
-    const bool positive = a >= T(0);
-    const T z = a * (positive ? p.lower_slope[k] : p.upper_slope[k]);
-    const T intercept = positive ? (kLowerIntercept ? p.lower_intercept[k] : T(0)) : p.upper_intercept[k];
-    out[k] = z;
-    double term = weigh(double(a), double(intercept));
-    sums.value[strand] += term;
-    if (kSound) sums.magnitude[strand] += std::abs(term);
-    if (kBias) {
-      term = double(z) * double(p.bias[k]);
-      sums.value[strand] += term;
-      if (kSound) sums.magnitude[strand] += std::abs(term);
+PYCERT_INLINE void relax_run(const T* rows, T sign, T* out, const RelaxPointers<T>& p, int64_t n, Sums& sums) {
+  Sums& s = sums;
+  for_lanes(n, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+    const Lanes<T> a = sign * memory.load(rows + k);
+    const Lanes<T> low = memory.load(p.lower_slope + k), high = memory.load(p.upper_slope + k);
+    const Lanes<T> high_at = memory.load(p.upper_intercept + k);
+    Lanes<T> low_at{};
+    if constexpr (kLowerIntercept) low_at = memory.load(p.lower_intercept + k);
+    const auto positive = a >= Lanes<T>{};
+    const Lanes<T> z = a * (positive ? low : high);
+    memory.store(out + k, z);
+    const Doubles term = weigh(widen(a), widen(positive ? low_at : high_at));
+    if constexpr (kBias) {
+      const Doubles more = widen(z) * widen(memory.load(p.bias + k));
+      s.value += term + more;
+      if constexpr (kSound) s.magnitude += magnitude_of(term) + magnitude_of(more);
+    } else {
+      s.value += term;
+      if constexpr (kSound) s.magnitude += magnitude_of(term);
     }
-    if (kSound) sums.error[strand] += double(std::abs(z)) * double(p.charge[k]);
-  };
-  int64_t k = 0;
-  for (; k + kStrands <= n; k += kStrands)
-    for (int j = 0; j < kStrands; ++j) step(k + j, j);
-  for (; k < n; ++k) step(k, 0);
+    if constexpr (kSound) s.error += widen(magnitude_of(z)) * widen(memory.load(p.charge + k));
+  });
 }
 
 template <typename T, bool kSound, bool kLowerIntercept, bool kBias>
@@ -95,11 +90,13 @@ void relax_as(const RelaxArgs<T>& a) {
       Sums sums;
       for_runs(
           a.window, a.extent, position_of(a.map, q),
-          [&](int64_t offset, int64_t index, int64_t length) {
+          [&](int64_t offset, int64_t index, int64_t length) PYCERT_INLINED {
             const int64_t at = base + index;
-            const RelaxPointers<T> p{a.lower_slope + at,     a.upper_slope + at,
+            const RelaxPointers<T> p{a.lower_slope + at,
+                                     a.upper_slope + at,
                                      kLowerIntercept ? a.lower_intercept + at : nullptr,
-                                     a.upper_intercept + at, kBias ? a.bias + index : nullptr,
+                                     a.upper_intercept + at,
+                                     kBias ? a.bias + index : nullptr,
                                      kSound ? a.charge + index : nullptr};
             relax_run<kSound, kLowerIntercept, kBias>(rows + offset, sign, out + offset, p, length, sums);
           },
@@ -134,20 +131,17 @@ void dot(const DotArgs<T>& a) {
       Sums sums;
       for_runs(
           a.window, a.extent, position_of(a.map, q),
-          [&](int64_t offset, int64_t index, int64_t length) {
+          [&](int64_t offset, int64_t index, int64_t length) PYCERT_INLINED {
             const T *row = rows + offset, *bias = a.bias + index, *charge = a.charge + index;
-            const auto step = [&](int64_t k, int strand) {
+            for_lanes(length, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+              const Doubles z = widen(memory.load(row + k));
               if (a.bias != nullptr) {
-                const double term = double(row[k]) * double(bias[k]);
-                sums.value[strand] += term;
-                sums.magnitude[strand] += std::abs(term);
+                const Doubles term = z * widen(memory.load(bias + k));
+                sums.value += term;
+                sums.magnitude += magnitude_of(term);
               }
-              if (a.charge != nullptr) sums.error[strand] += double(std::abs(row[k])) * double(charge[k]);
-            };
-            int64_t k = 0;
-            for (; k + kStrands <= length; k += kStrands)
-              for (int j = 0; j < kStrands; ++j) step(k + j, j);
-            for (; k < length; ++k) step(k, 0);
+              if (a.charge != nullptr) sums.error += magnitude_of(z) * widen(memory.load(charge + k));
+            });
           },
           [](int64_t, int64_t) {});
       if (a.bias != nullptr) a.constant[q] += sign * total(sums.value);
@@ -158,40 +152,40 @@ void dot(const DotArgs<T>& a) {
 }
 
 template <typename T>
-inline void box_run(const T* row, T sign, const T* lower, const T* upper, int64_t n, Sums& sums) {
-  const auto step = [&](int64_t k, int strand) {
-    const T a = sign * row[k];
-    const double term = weigh(double(a), double(least_end(a, lower[k], upper[k])));
-    sums.value[strand] += term;
-    sums.magnitude[strand] += std::abs(term);
-  };
-  int64_t k = 0;
-  for (; k + kStrands <= n; k += kStrands)
-    for (int j = 0; j < kStrands; ++j) step(k + j, j);
-  for (; k < n; ++k) step(k, 0);
+PYCERT_INLINE void box_run(const T* row, T sign, const T* lower, const T* upper, int64_t n, Sums& sums) {
+  Sums& s = sums;
+  for_lanes(n, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+    const Lanes<T> a = sign * memory.load(row + k);
+    const Lanes<T> end = least_end(a, memory.load(lower + k), memory.load(upper + k));
+    const Doubles term = weigh(widen(a), widen(end));
+    s.value += term;
+    s.magnitude += magnitude_of(term);
+  });
 }
 
 // sums.error holds the dual norm's sum (p = 2) or largest coefficient (p = 1).
 template <typename T>
-inline void ball_run(const T* row, T sign, const T* centre, int norm, int64_t n, Sums& sums) {
-  const auto step = [&](int64_t k, int strand) {
-    const double a = double(sign * row[k]), term = a * double(centre[k]);
-    sums.value[strand] += term;
-    sums.magnitude[strand] += std::abs(term);
-    if (norm == 2)
-      sums.error[strand] += a * a;
-    else
-      sums.error[strand] = std::max(sums.error[strand], std::abs(a));
-  };
-  int64_t k = 0;
-  for (; k + kStrands <= n; k += kStrands)
-    for (int j = 0; j < kStrands; ++j) step(k + j, j);
-  for (; k < n; ++k) step(k, 0);
+PYCERT_INLINE void ball_run(const T* row, T sign, const T* centre, int norm, int64_t n, Sums& sums) {
+  Sums& s = sums;
+  for_lanes(n, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+    const Doubles a = widen(sign * memory.load(row + k)), term = a * widen(memory.load(centre + k));
+    s.value += term;
+    s.magnitude += magnitude_of(term);
+    const Doubles size = magnitude_of(a);
+    s.error = norm == 2 ? s.error + a * a : (s.error < size ? size : s.error);
+  });
 }
 
+// Squares of doubles may underflow: 1e-140 covers 10^25 of them. Squares of floats do not.
+template <typename T>
 inline double dual_norm(const Sums& sums, int norm) {
-  if (norm == 2) return std::sqrt(total(sums.error));
-  return *std::max_element(sums.error, sums.error + kStrands);
+  if (norm == 2) {
+    const double sum = total(sums.error);
+    return std::sqrt(sum) + (sizeof(T) == 8 && sum < 1e-250 ? 1e-140 : 0);
+  }
+  double largest = 0;
+  for (int j = 0; j < kStrands; ++j) largest = std::max(largest, sums.error[j]);
+  return largest;
 }
 
 template <typename T>
@@ -205,7 +199,7 @@ void concretize(const ConcretizeArgs<T>& a) {
       Sums sums;
       for_runs(
           a.window, a.extent, position_of(a.map, q),
-          [&](int64_t offset, int64_t index, int64_t length) {
+          [&](int64_t offset, int64_t index, int64_t length) PYCERT_INLINED {
             const int64_t at = sample * n + index;
             if (a.norm == 0)
               box_run(rows + offset, sign, a.lower + at, a.upper + at, length, sums);
@@ -215,7 +209,7 @@ void concretize(const ConcretizeArgs<T>& a) {
           [](int64_t, int64_t) {});
       double value = total(sums.value), magnitude = total(sums.magnitude);
       if (a.norm != 0) {
-        const double reach = weigh(dual_norm(sums, a.norm), double(a.eps[sample]));
+        const double reach = weigh(dual_norm<T>(sums, a.norm), double(a.eps[sample]));
         value -= reach;
         magnitude += reach;
       }
@@ -233,7 +227,8 @@ inline void for_shared_runs(const Window& from, const Window& to, const Extent& 
     if (w.dense) return int64_t(0);
     return axis == 0 ? w.stride_y * position[0] + w.offset_y : w.stride_x * position[1] + w.offset_x;
   };
-  const int64_t from_height = from.dense ? extent.height : from.height, to_height = to.dense ? extent.height : to.height;
+  const int64_t from_height = from.dense ? extent.height : from.height,
+                to_height = to.dense ? extent.height : to.height;
   const int64_t from_width = from.dense ? extent.width : from.width, to_width = to.dense ? extent.width : to.width;
   const int64_t from_top = corner(from, 0), to_top = corner(to, 0);
   const int64_t from_left = corner(from, 1), to_left = corner(to, 1);
@@ -268,6 +263,27 @@ void relayout(const RelayoutArgs<T>& a) {
 // Rows of one sample add to the same slope gradients: a thread owns whole samples.
 
 template <typename T>
+inline void relax_backward_run(const RelaxBackwardArgs<T>& a, const T* rows, const T* grad_out, T grad_constant,
+                               T* grad_rows, int64_t at, int64_t n) {
+  const bool has_lower = a.lower_intercept != nullptr;
+  for_lanes(n, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+    const auto add = [&](T* to, const Lanes<T>& more)
+                         PYCERT_INLINED { memory.store(to + at + k, memory.load(to + at + k) + more); };
+    const Lanes<T> row = memory.load(rows + k), grad = memory.load(grad_out + k), zero{};
+    const auto positive = row >= zero;
+    const Lanes<T> low = memory.load(a.lower_slope + at + k), high = memory.load(a.upper_slope + at + k);
+    const Lanes<T> high_at = memory.load(a.upper_intercept + at + k);
+    const Lanes<T> low_at = has_lower ? memory.load(a.lower_intercept + at + k) : zero;
+    memory.store(grad_rows + k, grad * (positive ? low : high) + grad_constant * (positive ? low_at : high_at));
+    const Lanes<T> slope = row * grad, intercept = row * grad_constant;
+    add(a.grad_lower_slope, positive ? slope : zero);
+    add(a.grad_upper_slope, positive ? zero : slope);
+    add(a.grad_upper_intercept, positive ? zero : intercept);
+    if (has_lower) add(a.grad_lower_intercept, positive ? intercept : zero);
+  });
+}
+
+template <typename T>
 void relax_backward(const RelaxBackwardArgs<T>& a) {
   const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
   at::parallel_for(0, a.batch, 1, [&](int64_t begin, int64_t end) {
@@ -279,21 +295,9 @@ void relax_backward(const RelaxBackwardArgs<T>& a) {
       T* grad_rows = a.grad_rows + q * size;
       for_runs(
           a.window, a.extent, position_of(a.map, q),
-          [&](int64_t offset, int64_t index, int64_t length) {
-            for (int64_t k = 0; k < length; ++k) {
-              const int64_t o = offset + k, at = base + index + k;
-              const T row = rows[o], grad = grad_out[o];
-              if (row >= T(0)) {
-                const T intercept = a.lower_intercept == nullptr ? T(0) : a.lower_intercept[at];
-                grad_rows[o] = grad * a.lower_slope[at] + grad_constant * intercept;
-                a.grad_lower_slope[at] += row * grad;
-                if (a.grad_lower_intercept != nullptr) a.grad_lower_intercept[at] += row * grad_constant;
-              } else {
-                grad_rows[o] = grad * a.upper_slope[at] + grad_constant * a.upper_intercept[at];
-                a.grad_upper_slope[at] += row * grad;
-                a.grad_upper_intercept[at] += row * grad_constant;
-              }
-            }
+          [&](int64_t offset, int64_t index, int64_t length) PYCERT_INLINED {
+            relax_backward_run(a, rows + offset, grad_out + offset, grad_constant, grad_rows + offset, base + index,
+                               length);
           },
           [&](int64_t offset, int64_t length) { std::fill(grad_rows + offset, grad_rows + offset + length, T(0)); });
     }
@@ -306,11 +310,25 @@ inline double dual_norm_of_row(const ConcretizeBackwardArgs<T>& a, int64_t q) {
   Sums sums;
   for_runs(
       a.window, a.extent, position_of(a.map, q),
-      [&](int64_t offset, int64_t index, int64_t length) {
-        ball_run(rows + offset, T(1), a.centre + index, a.norm, length, sums);
-      },
+      [&](int64_t offset, int64_t index, int64_t length)
+          PYCERT_INLINED { ball_run(rows + offset, T(1), a.centre + index, a.norm, length, sums); },
       [](int64_t, int64_t) {});
-  return dual_norm(sums, a.norm);
+  return dual_norm<T>(sums, a.norm);
+}
+
+template <typename T>
+inline void box_backward_run(const ConcretizeBackwardArgs<T>& a, const T* rows, T grad, T* grad_rows, int64_t at,
+                             int64_t n) {
+  for_lanes(n, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+    const auto add = [&](T* to, const Lanes<T>& more)
+                         PYCERT_INLINED { memory.store(to + at + k, memory.load(to + at + k) + more); };
+    const Lanes<T> row = memory.load(rows + k), zero{};
+    const auto positive = row >= zero;
+    const Lanes<T> lower = memory.load(a.lower + at + k), upper = memory.load(a.upper + at + k);
+    memory.store(grad_rows + k, grad * least_end(row, lower, upper));
+    add(a.grad_lower, positive ? grad * row : zero);
+    add(a.grad_upper, positive ? zero : grad * row);
+  });
 }
 
 template <typename T>
@@ -328,15 +346,14 @@ void concretize_backward(const ConcretizeBackwardArgs<T>& a) {
       bool first = true;  // p = 1: the subgradient of max |a| at its first maximiser
       for_runs(
           a.window, a.extent, position_of(a.map, q),
-          [&](int64_t offset, int64_t index, int64_t length) {
+          [&](int64_t offset, int64_t index, int64_t length) PYCERT_INLINED {
+            if (a.norm == 0) {
+              box_backward_run(a, rows + offset, grad, grad_rows + offset, base + index, length);
+              return;
+            }
             for (int64_t k = 0; k < length; ++k) {
               const int64_t o = offset + k, at = base + index + k;
               const T row = rows[o];
-              if (a.norm == 0) {
-                grad_rows[o] = grad * least_end(row, a.lower[at], a.upper[at]);
-                (row >= T(0) ? a.grad_lower : a.grad_upper)[at] += grad * row;
-                continue;
-              }
               a.grad_centre[at] += grad * row;
               T slope = 0;
               if (a.norm == 2) {

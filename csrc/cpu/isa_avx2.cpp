@@ -1,6 +1,9 @@
 // Kernels for AVX2 and FMA. Every header comes before the pragma, so that no shared inline function is compiled
 // for an instruction set that the machine may lack.
 #include <ATen/Parallel.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -19,6 +22,7 @@ namespace pycert::cpu::avx2 {
 inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
+#define PYCERT_LANES 4
 #include "cpu/backsub_loops.h"
 #include "cpu/interval_loops.h"
 #include "cpu/isa_table.h"

@@ -17,6 +17,7 @@ inline T multiply_add(T a, T b, T c) {
   return a * b + c;
 }
 
+#define PYCERT_LANES 2
 #include "cpu/backsub_loops.h"
 #include "cpu/interval_loops.h"
 #include "cpu/isa_table.h"

@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+
 // The loader picks the widest form the processor has; the arithmetic, and so every bit of the result, is the same.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define PYCERT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -58,43 +60,24 @@ PYCERT_CLONES void relu_chunk(const double* lower, const double* upper, Slope ru
   relu_loops(lower, upper, rule, lower_slope, upper_slope, upper_intercept, count);
 }
 
-// Calls body(i, function) for every element of a range with the function that holds there.
+// Calls body(begin, end, function) for runs of elements that share one function.
 template <typename T, typename Body>
-void for_elements(const ActivationArguments<T>& arguments, const Body& body) {
+void for_runs(const ActivationArguments<T>& arguments, const Body& body) {
   const bool is_smooth = arguments.function.kind == Activation::Sigmoid || arguments.function.kind == Activation::Tanh;
   for_range(arguments.count, is_smooth ? kSlowGrain : kGrain, [&](int64_t begin, int64_t end) {
     Function function = arguments.function;
-    for (int64_t i = begin; i < end; ++i) {
-      if (arguments.parameter) function.a = arguments.parameter[(i / arguments.inner) % arguments.channels];
-      body(i, function);
+    if (!arguments.parameter || arguments.channels == 1) {
+      if (arguments.parameter) function.a = arguments.parameter[0];
+      return body(begin, end, function);
+    }
+    while (begin < end) {
+      const int64_t run = begin / arguments.inner;
+      const int64_t stop = std::min(end, (run + 1) * arguments.inner);
+      function.a = arguments.parameter[run % arguments.channels];
+      body(begin, stop, function);
+      begin = stop;
     }
   });
-}
-
-// The same with the kind known to the compiler, so that each kind gets a loop of its own.
-template <Activation kind, typename T, typename Body>
-void for_kind(const ActivationArguments<T>& arguments, const Body& body) {
-  for_elements(arguments,
-               [&](int64_t i, const Function& function) { body(i, Function{kind, function.a, function.b}); });
-}
-template <typename T, typename Body>
-void for_elements_by_kind(const ActivationArguments<T>& arguments, const Body& body) {
-  switch (arguments.function.kind) {
-    case Activation::Relu:
-      return for_kind<Activation::Relu>(arguments, body);
-    case Activation::LeakyRelu:
-      return for_kind<Activation::LeakyRelu>(arguments, body);
-    case Activation::PRelu:
-      return for_kind<Activation::PRelu>(arguments, body);
-    case Activation::Clamp:
-      return for_kind<Activation::Clamp>(arguments, body);
-    case Activation::Sigmoid:
-      return for_kind<Activation::Sigmoid>(arguments, body);
-    case Activation::Tanh:
-      return for_kind<Activation::Tanh>(arguments, body);
-    case Activation::Abs:
-      return for_kind<Activation::Abs>(arguments, body);
-  }
 }
 
 // The interval of ReLU, which interval propagation spends its time in beside the products.
@@ -114,6 +97,65 @@ PYCERT_CLONES void relu_interval_chunk(const float* lower, const float* upper, f
 PYCERT_CLONES void relu_interval_chunk(const double* lower, const double* upper, double* out_lower, double* out_upper,
                                        int64_t count) {
   relu_interval_loop(lower, upper, out_lower, out_upper, count);
+}
+
+template <bool deployed, typename T>
+PYCERT_HD inline void kinked_lines_loop(const Kinked& f, const T* __restrict__ lower, const T* __restrict__ upper,
+                                        Slope rule, T* __restrict__ lower_slope, T* __restrict__ lower_intercept,
+                                        T* __restrict__ upper_slope, T* __restrict__ upper_intercept, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Lines<T> found = kinked_lines<T, deployed>(f, lower[i], upper[i], rule);
+    lower_slope[i] = found.lower_slope;
+    lower_intercept[i] = found.lower_intercept;
+    upper_slope[i] = found.upper_slope;
+    upper_intercept[i] = found.upper_intercept;
+  }
+}
+template <typename T>
+PYCERT_HD inline void kinked_lines_loops(const Kinked& f, const T* lower, const T* upper, Slope rule,
+                                         const Lines<T*>& out, int64_t count) {
+  if (f.charge.offset > 0.0) {
+    kinked_lines_loop<true>(f, lower, upper, rule, out.lower_slope, out.lower_intercept, out.upper_slope,
+                            out.upper_intercept, count);
+  } else {
+    kinked_lines_loop<false>(f, lower, upper, rule, out.lower_slope, out.lower_intercept, out.upper_slope,
+                             out.upper_intercept, count);
+  }
+}
+PYCERT_CLONES void kinked_lines_chunk(const Kinked& f, const float* lower, const float* upper, Slope rule,
+                                      const Lines<float*>& out, int64_t count) {
+  kinked_lines_loops(f, lower, upper, rule, out, count);
+}
+PYCERT_CLONES void kinked_lines_chunk(const Kinked& f, const double* lower, const double* upper, Slope rule,
+                                      const Lines<double*>& out, int64_t count) {
+  kinked_lines_loops(f, lower, upper, rule, out, count);
+}
+
+template <bool deployed, typename T>
+PYCERT_HD inline void kinked_interval_loop(const Kinked& f, const T* __restrict__ lower, const T* __restrict__ upper,
+                                           T* __restrict__ out_lower, T* __restrict__ out_upper, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Range<T> found = kinked_interval<T, deployed>(f, lower[i], upper[i]);
+    out_lower[i] = found.lower;
+    out_upper[i] = found.upper;
+  }
+}
+template <typename T>
+PYCERT_HD inline void kinked_interval_loops(const Kinked& f, const T* lower, const T* upper, const Range<T*>& out,
+                                            int64_t count) {
+  if (f.charge.offset > 0.0) {
+    kinked_interval_loop<true>(f, lower, upper, out.lower, out.upper, count);
+  } else {
+    kinked_interval_loop<false>(f, lower, upper, out.lower, out.upper, count);
+  }
+}
+PYCERT_CLONES void kinked_interval_chunk(const Kinked& f, const float* lower, const float* upper,
+                                         const Range<float*>& out, int64_t count) {
+  kinked_interval_loops(f, lower, upper, out, count);
+}
+PYCERT_CLONES void kinked_interval_chunk(const Kinked& f, const double* lower, const double* upper,
+                                         const Range<double*>& out, int64_t count) {
+  kinked_interval_loops(f, lower, upper, out, count);
 }
 
 template <typename T>
@@ -151,54 +193,69 @@ void relu_relaxation_backward(const T* lower, const T* upper, Slope rule, const 
 
 template <typename T>
 void activation_lines(const ActivationArguments<T>& arguments, const Lines<T*>& lines) {
-  for_elements_by_kind(arguments, [&](int64_t i, const Function& function) {
-    const Lines<T> found =
-        pycert::activation_lines(function, arguments.lower[i], arguments.upper[i], arguments.rule, arguments.deployed);
-    lines.lower_slope[i] = found.lower_slope;
-    lines.lower_intercept[i] = found.lower_intercept;
-    lines.upper_slope[i] = found.upper_slope;
-    lines.upper_intercept[i] = found.upper_intercept;
+  for_runs(arguments, [&](int64_t begin, int64_t end, const Function& function) {
+    const T *lower = arguments.lower + begin, *upper = arguments.upper + begin;
+    const Lines<T*> out = {lines.lower_slope + begin, lines.lower_intercept + begin, lines.upper_slope + begin,
+                           lines.upper_intercept + begin};
+    const int64_t count = end - begin;
+    if (function.is_kinked()) {
+      const Kinked f = kinked<T>(function, arguments.deployed);
+      return kinked_lines_chunk(f, lower, upper, arguments.rule, out, count);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const Lines<T> found = pycert::activation_lines(function, lower[i], upper[i], arguments.rule, arguments.deployed);
+      out.lower_slope[i] = found.lower_slope;
+      out.lower_intercept[i] = found.lower_intercept;
+      out.upper_slope[i] = found.upper_slope;
+      out.upper_intercept[i] = found.upper_intercept;
+    }
   });
 }
 
 template <typename T>
 void activation_lines_backward(const ActivationArguments<T>& arguments, const Lines<const T*>& grad, T* grad_lower,
                                T* grad_upper, T* grad_parameter) {
-  for_elements(arguments, [&](int64_t i, const Function& function) {
-    const Lines<double> grads = {at_or_zero(grad.lower_slope, i), at_or_zero(grad.lower_intercept, i),
-                                 at_or_zero(grad.upper_slope, i), at_or_zero(grad.upper_intercept, i)};
-    const Gradient found = lines_gradient(function, arguments.lower[i], arguments.upper[i], arguments.rule, grads);
-    grad_lower[i] = static_cast<T>(found.lower);
-    grad_upper[i] = static_cast<T>(found.upper);
-    if (grad_parameter) grad_parameter[i] = static_cast<T>(found.parameter);
+  for_runs(arguments, [&](int64_t begin, int64_t end, const Function& function) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Lines<double> grads = {at_or_zero(grad.lower_slope, i), at_or_zero(grad.lower_intercept, i),
+                                   at_or_zero(grad.upper_slope, i), at_or_zero(grad.upper_intercept, i)};
+      const Gradient found = lines_gradient(function, arguments.lower[i], arguments.upper[i], arguments.rule, grads);
+      grad_lower[i] = static_cast<T>(found.lower);
+      grad_upper[i] = static_cast<T>(found.upper);
+      if (grad_parameter) grad_parameter[i] = static_cast<T>(found.parameter);
+    }
   });
 }
 
 template <typename T>
 void activation_interval(const ActivationArguments<T>& arguments, const Range<T*>& range) {
-  if (arguments.function.kind == Activation::Relu) {
-    return for_range(arguments.count, kGrain, [&](int64_t begin, int64_t end) {
-      relu_interval_chunk(arguments.lower + begin, arguments.upper + begin, range.lower + begin, range.upper + begin,
-                          end - begin);
-    });
-  }
-  for_elements_by_kind(arguments, [&](int64_t i, const Function& function) {
-    const Range<T> found =
-        pycert::activation_interval(function, arguments.lower[i], arguments.upper[i], arguments.deployed);
-    range.lower[i] = found.lower;
-    range.upper[i] = found.upper;
+  for_runs(arguments, [&](int64_t begin, int64_t end, const Function& function) {
+    const T *lower = arguments.lower + begin, *upper = arguments.upper + begin;
+    const Range<T*> out = {range.lower + begin, range.upper + begin};
+    const int64_t count = end - begin;
+    if (function.kind == Activation::Relu) return relu_interval_chunk(lower, upper, out.lower, out.upper, count);
+    if (function.is_kinked()) {
+      return kinked_interval_chunk(kinked<T>(function, arguments.deployed), lower, upper, out, count);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const Range<T> found = pycert::activation_interval(function, lower[i], upper[i], arguments.deployed);
+      out.lower[i] = found.lower;
+      out.upper[i] = found.upper;
+    }
   });
 }
 
 template <typename T>
 void activation_interval_backward(const ActivationArguments<T>& arguments, const Range<const T*>& grad, T* grad_lower,
                                   T* grad_upper, T* grad_parameter) {
-  for_elements(arguments, [&](int64_t i, const Function& function) {
-    const Gradient found = interval_gradient(function, arguments.lower[i], arguments.upper[i],
-                                             at_or_zero(grad.lower, i), at_or_zero(grad.upper, i));
-    grad_lower[i] = static_cast<T>(found.lower);
-    grad_upper[i] = static_cast<T>(found.upper);
-    if (grad_parameter) grad_parameter[i] = static_cast<T>(found.parameter);
+  for_runs(arguments, [&](int64_t begin, int64_t end, const Function& function) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Gradient found = interval_gradient(function, arguments.lower[i], arguments.upper[i],
+                                               at_or_zero(grad.lower, i), at_or_zero(grad.upper, i));
+      grad_lower[i] = static_cast<T>(found.lower);
+      grad_upper[i] = static_cast<T>(found.upper);
+      if (grad_parameter) grad_parameter[i] = static_cast<T>(found.parameter);
+    }
   });
 }
 

@@ -67,13 +67,6 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
   }
 };
 
-Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
-  PrecisionGuard guard;
-  if (any_needs_grad(x, w))
-    return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed);
-  return direct_conv2d(x, w, g);
-}
-
 // `value` in the forward pass, the gradient of `plain`: an outward rounding is a constant for autograd.
 struct Replace : torch::autograd::Function<Replace> {
   static Tensor forward(torch::autograd::AutogradContext*, const Tensor&, const Tensor& value) { return value.clone(); }
@@ -118,6 +111,19 @@ Tensor dilated(const Tensor& weight, const Pair& dilation) {
 }
 
 }  // namespace
+
+Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
+  PrecisionGuard guard;
+  if (any_needs_grad(x, w))
+    return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed);
+  return direct_conv2d(x, w, g);
+}
+
+Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype) {
+  const Tensor low = round_down((plain - charge).detach(), dtype);
+  if (!any_needs_grad(plain)) return low;
+  return Replace::apply(plain.to(dtype), low);
+}
 
 Walk::Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep_linear)
     : context_(context),
@@ -311,9 +317,14 @@ Rows Walk::merge(int64_t i) {
                               : relayout_rows(part.data, part.source, index_, part.window, target, node.extent());
     out.data = out.data.defined() ? out.data + data.reshape(out.data.sizes()) : data;
   }
-  if (context_.sound() && enabled(Term::BacksubOwn)) {  // the roundings of these additions
+  if (context_.sound() && enabled(Term::BacksubOwn)) {
+    // The additions just made err by at most gamma_{k-1} sum |part|; for two parts by u |sum|, which is one pass.
     at::NoGradGuard no_grad;
-    constants(i, out, {}, context_.absolute(i) * (context_.own_gamma(double(parts.size())) * (1 + 1e-6)));
+    const Tensor charge = context_.absolute(i) * (context_.own_gamma(double(parts.size())) * (1 + 1e-6));
+    if (parts.size() == 2)
+      constants(i, out, {}, charge);
+    else
+      for (const Rows& part : parts) constants(i, part, {}, charge);
   }
   return out;
 }
@@ -632,20 +643,16 @@ WalkResult Walk::finish() {
     if (context_.sound()) {
       // Sums of `terms_` doubles: gamma_N(2^-53) of the magnitudes; charges are inflated for their own roundings.
       const double of_sums = enabled(Term::BacksubConstant) ? gamma(terms_ + 64, at::kDouble) : 0;
-      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + underflow_;
+      const double lost = enabled(Term::Underflow) ? (terms_ + 64) * 0x1p-1021 : 0;  // products of doubles
+      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + (underflow_ + lost);
       error = constant_error + value_magnitude_ * of_sums;
     }
   }
   const Tensor constant = sums_.select(0, 0), total = constant + value_;
-  const auto outward = [&](const Tensor& plain, const Tensor& charge) {
-    const Tensor low = round_down((plain - charge).detach(), context_.dtype());
-    if (!any_needs_grad(plain)) return low;
-    return Replace::apply(plain.to(context_.dtype()), low);
-  };
   WalkResult result;
-  result.lower = outward(total, error);
+  result.lower = lower_end(total, error, context_.dtype());
   if (keep_linear_) {
-    result.constant = outward(constant, constant_error);
+    result.constant = lower_end(constant, constant_error, context_.dtype());
     result.A = linear_;
   }
   return result;

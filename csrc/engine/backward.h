@@ -66,6 +66,12 @@ class Walk {
   std::vector<Tensor> linear_;
 };
 
+// A convolution with gradient, by the algorithms of direct_conv2d.
+Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g);
+
+// Bounds of the specification's rows with the boxes of the last values that are not affine.
+BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec);
+
 // Bytes and floating-point operations of a walk from `start`, per row.
 struct RowCost {
   double bytes = 0, flops = 0;

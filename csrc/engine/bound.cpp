@@ -192,6 +192,8 @@ void Context::refine(int64_t i, bool all) {
   }
   boxes_[size_t(i)] = {flat_lower.index_put({sample, element}, lower).view(old_lower.sizes()),
                        flat_upper.index_put({sample, element}, upper).view(old_upper.sizes())};
+  absolute_.erase(i);  // was of the wider box
+  charges_.erase(i);
 }
 
 namespace {
@@ -269,14 +271,19 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
 
 }  // namespace
 
+BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec) {
+  return walk_output(context, spec, true, false);
+}
+
 BoundsResult Context::bound(const std::optional<Spec>& spec) {
   const int64_t output = program_.output();
+  if (options_.method == Method::Forward) return forward_bound(*this, spec);
   const bool ibp = options_.method == Method::Ibp;
   // The output's own box is needed for an interval answer, or where its charge reads it.
   const bool skip = !ibp && !(options_.intersect && !spec.has_value()) && program_.node(output).op == Op::Linear;
   propagate(skip || (ibp && spec.has_value() && program_.node(output).op == Op::Linear) ? output - 1 : output);
   const auto interval = [&]() -> BoundsResult {
-    if (spec.has_value()) return walk_output(*this, spec, true, false);
+    if (spec.has_value()) return interval_bound(*this, spec);
     BoundsResult out;
     const auto& [lower, upper] = box(output);
     if (options_.side != Side::Upper) out.lower = lower;

@@ -7,7 +7,7 @@
 
 namespace pycert::engine {
 
-enum class Method : int64_t { Ibp, CrownIbp, Crown };
+enum class Method : int64_t { Ibp, CrownIbp, Crown, Forward };
 enum class Side : int64_t { Both, Lower, Upper };
 
 // Lines of a user-defined activation and its image of a box, computed by the caller: (name, lower, upper, ...).
@@ -66,11 +66,13 @@ class Context {
 
   // bound.cpp
   BoundsResult bound(const std::optional<Spec>& spec);
+  void set_box(int64_t i, Box box) { boxes_[size_t(i)] = std::move(box); }
   std::vector<std::pair<int64_t, Box>> layer_bounds();
   std::pair<double, double> estimate(const std::optional<Spec>& spec);  // peak bytes, FLOPs
 
   // forward.cpp
   void propagate(int64_t last);               // interval (and refined) bounds of nodes 0..last
+  Box interval_step(int64_t i);               // of one node from those of its inputs
   const Box& box(int64_t i) const { return boxes_[size_t(i)]; }
   Tensor absolute(int64_t i);                 // [n]: largest |value| over the batch
   Tensor scale_of(const Node& node) const;    // factor of MulConst, DivConst, BatchNorm: [1], [C] or [n]
@@ -100,7 +102,6 @@ class Context {
   at::ScalarType dtype() const { return dtype_; }
 
  private:
-  Box interval_step(int64_t i);
   Box custom_step(const Node& node, const Box& in);
   Box reduced(const Node& node, const Box& in);
   void batch_statistics();
@@ -122,6 +123,12 @@ class Context {
   std::unordered_map<int64_t, PoolLines> pool_lines_;
   std::unordered_map<int64_t, Tensor> absolute_, charges_, relax_charges_;
 };
+
+// Bounds by linear functions of the input that are propagated forward (linear_forward.cpp).
+BoundsResult forward_bound(Context& context, const std::optional<Spec>& spec);
+
+// Double to `dtype`, downward; NaN becomes -inf. With gradient: that of the plain conversion of `plain`.
+Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype);
 
 // Values of every node for concrete inputs; BatchNorms in training use (and return) the statistics of the batch.
 std::vector<Tensor> evaluate(const Context& context, const std::vector<Tensor>& inputs,

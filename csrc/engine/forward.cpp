@@ -23,8 +23,8 @@ namespace pycert::engine {
 namespace {
 
 // Number of roundings charged for an elementwise step: our own, and those of the network's execution.
-double kappa(double own, double deployed, const Context& c) {
-  if (!c.sound() || !enabled(Term::Residual)) return 0;
+double kappa(double own, double deployed, const Context& c, Term term = Term::Residual) {
+  if (!c.sound() || !enabled(term)) return 0;
   return c.own_gamma(own + (c.deployed() ? deployed : 0));
 }
 
@@ -207,7 +207,8 @@ Box Context::interval_step(int64_t i) {
     }
     case Op::BatchNorm: {
       const auto& [l, u] = box(node.inputs[0]);
-      return interval_scale(l, u, scale_of(node), term_of(node), magnitude_of(node), kappa(10, 10, *this), sound());
+      return interval_scale(l, u, scale_of(node), term_of(node), magnitude_of(node),
+                            kappa(10, 10, *this, Term::BatchNorm), sound());
     }
     case Op::MulConst: {
       const auto& [l, u] = box(node.inputs[0]);

@@ -144,7 +144,7 @@ Tensor Context::charge(int64_t i) {
       break;
     case Op::BatchNorm:
       e = (absolute(node.inputs[0]) * spread(scale_of(node).detach().abs()) + spread(magnitude_of(node))) *
-          roundings(10, 10);
+          (enabled(Term::BatchNorm) ? roundings(10, 10) : 0);
       break;
     case Op::MulConst: case Op::DivConst:
       if (node.value.has_value() && std::abs(*node.value) == 1) break;

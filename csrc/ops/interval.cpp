@@ -363,12 +363,16 @@ Tensor defined_or_zeros(const Tensor& grad, const Tensor& like) {
   return grad.defined() ? grad : at::zeros_like(like);
 }
 
+// Absent optional tensors have no number of their own among the inputs.
+bool needs_bias(AutogradContext* ctx) { return ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(3); }
+
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& lower, const Tensor& upper, const Tensor& weight,
                                const OptionalTensor& bias, int64_t soundness, int64_t extra_terms) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [l, u] = call_linear(lower, upper, weight, bias, soundness, extra_terms);
     ctx->save_for_backward({lower, upper, weight, l});
+    ctx->saved_data["bias"] = bias.has_value();
     return {l, u};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -378,7 +382,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const Tensor& like = saved[3];
     const bool box = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
     auto [l, u, w, b] = op.call(defined_or_zeros(grads[0], like), defined_or_zeros(grads[1], like), saved[0],
-                                saved[1], saved[2], {box, ctx->needs_input_grad(2), ctx->needs_input_grad(3)});
+                                saved[1], saved[2], {box, ctx->needs_input_grad(2), needs_bias(ctx)});
     return {l, u, w, b, Tensor(), Tensor()};
   }
 };
@@ -392,6 +396,7 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
     auto [l, u] = call_conv2d(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding,
                               groups, soundness, extra_terms);
     ctx->save_for_backward({lower, upper, weight, l});
+    ctx->saved_data["bias"] = bias.has_value();
     ctx->saved_data["stride"] = stride.vec();
     ctx->saved_data["padding"] = padding.vec();
     ctx->saved_data["dilation"] = dilation.vec();
@@ -411,7 +416,7 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
         op.call(defined_or_zeros(grads[0], like), defined_or_zeros(grads[1], like), saved[0], saved[1], saved[2],
                 ints("stride"), ints("padding"), ints("dilation"), ctx->saved_data["transposed"].toBool(),
                 ints("output_padding"), ctx->saved_data["groups"].toInt(),
-                {box, ctx->needs_input_grad(2), ctx->needs_input_grad(3)});
+                {box, ctx->needs_input_grad(2), needs_bias(ctx)});
     return {l,        u,        w,        b,        Tensor(), Tensor(),
             Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
@@ -476,13 +481,13 @@ struct ScaleFunction : torch::autograd::Function<ScaleFunction> {
       if (ctx->needs_input_grad(2)) {
         const Tensor l = cube(lower), u = cube(upper);
         const Tensor product = gl * at::where(positive, l, u) + gu * at::where(positive, u, l);
-        grad_scale = product.sum({0, 2}).view(scale.sizes());
+        grad_scale = product.sum(at::IntArrayRef({0, 2})).view(scale.sizes());
       }
     } else {
       grad_lower = gl.view(lower.sizes());
       grad_upper = gu.view(lower.sizes());
     }
-    if (term.defined()) grad_term = (gl + gu).sum({0, 2}).view(term.sizes());
+    if (term.defined()) grad_term = (gl + gu).sum(at::IntArrayRef({0, 2})).view(term.sizes());
     return {grad_lower, grad_upper, grad_scale, grad_term, Tensor(), Tensor(), Tensor()};
   }
 };

@@ -14,7 +14,7 @@ enum class Term : uint32_t {
   Bias,             // (g + h) |b|
   Underflow,        // tau
   RadiusProduct,    // 1 / (1 - gamma) of |W| rho'
-  BatchNorm,        // 8 more terms where a BatchNorm may have been folded in
+  BatchNorm,        // roundings of a BatchNorm, folded in or not
   Residual,         // additions and multiplications by constants
   BacksubOwn,       // gamma_{m+2} of a back-substitution step
   BacksubDeployed,  // gamma_{n+2} of a back-substitution step

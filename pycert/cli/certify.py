@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import pycert
-from pycert import _C, attacks, plot
+from pycert import _C, _flags, attacks, plot
 from pycert._progress import progress_bar
 from pycert.cli import environment, inputs, records, report
 from pycert.cli.inputs import CommandError
+from pycert.options import METHODS, SOUNDNESS
 
-METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
 EPILOG = """
 examples:
   pycert certify mynets:small --weights small.pt --data test.npz --scale 255 --eps 2/255 8/255 --clip 0 1
@@ -54,9 +54,7 @@ def add_parser(subparsers: Any) -> None:
 
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument("--method", nargs="+", choices=METHODS, default=["crown"], help="default crown")
-    bounds.add_argument(
-        "--soundness", choices=("deployed", "real", "none"), default="deployed", help="default deployed"
-    )
+    bounds.add_argument("--soundness", choices=SOUNDNESS, default="deployed", help="default deployed")
     bounds.add_argument(
         "--intersect", action=argparse.BooleanOptionalAction, default=True, help="with interval bounds"
     )
@@ -163,6 +161,7 @@ def _header(args: argparse.Namespace, net: torch.nn.Module, x: Tensor, y: Tensor
         "library": environment.library(),
     }
     made = {"machine": environment.machine(), "started": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
+    made["uncovered"] = list(_flags.uncovered(x.device.type, x.dtype, True))
     return {"format": records.FORMAT, "run": run_, "made": made}
 
 

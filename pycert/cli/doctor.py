@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from pycert._flags import nnpack_enabled
+
 #: Import name, name to install, what it is needed for.
 OPTIONAL_PACKAGES = (
     ("sklearn", "scikit-learn", "the digits of `make demo` and of the tests"),
     ("matplotlib", "matplotlib", "plots"),
     ("tqdm", "tqdm", "progress bars"),
-    ("onnx", "onnx", "reading ONNX files"),
 )
 
 
@@ -159,8 +160,7 @@ def _soundness_flags() -> list[Finding]:
     wanted = torch.get_float32_matmul_precision()
     if wanted != "highest":
         lowered["matmul"] = f"torch.get_float32_matmul_precision() is {wanted!r}"
-    # torch offers no public reader for this flag.
-    nnpack = torch.backends.nnpack.is_available() and getattr(torch._C, "_get_nnpack_enabled", lambda: True)()
+    nnpack = nnpack_enabled()
     tf32 = [name for name, on in (("matmul", cuda_matmul), ("convolution", cuda_conv)) if on]
     return [
         Finding(

@@ -21,9 +21,9 @@ h2 { margin-top: 2rem }
 #: What each soundness promises; see the documentation's page on soundness for the derivations.
 PROMISES = {
     "deployed": "The bounds enclose the network in real arithmetic with these weights and also every "
-    "execution of it in its own dtype that forms each product once and sums in any order, rounding to nearest, "
-    "with or without fused multiply-add. Not covered: transform-based convolutions (Winograd, FFT), Strassen "
-    "products, TF32, half precision and emulated float32.",
+    "execution of it in its own dtype that forms each product once and sums in any order, rounding to "
+    "nearest, with or without fused multiply-add. Not covered: transform-based convolutions (Winograd, FFT), "
+    "Strassen products, TF32, half precision and emulated float32.",
     "real": "The bounds enclose the network in real arithmetic with these weights. An execution in floating "
     "point differs from it by its own rounding errors, which are not covered.",
     "none": "Plain arithmetic: rounding errors of the bounds themselves are not accounted for, so these are "
@@ -86,7 +86,12 @@ def _limits(options: dict[str, Any]) -> list[str]:
         "The certificate holds for the weights whose hash is given, with any normalisation stated below, not "
         "for a converted, quantised or fine-tuned copy, and not for what prepares the inputs.",
     ]
-    if options["soundness"] != "deployed":
+    if options["soundness"] == "deployed":
+        limits.append(
+            "On a CPU, torch may run some convolutions by NNPACK (Winograd, FFT), which is not covered. Here "
+            "it was off; where the network is deployed, torch.backends.nnpack.set_flags(False) turns it off."
+        )
+    else:
         limits.append("Rounding errors of the network's own execution are not covered (see above).")
     return limits
 
@@ -116,6 +121,7 @@ def _facts(summary: dict[str, Any], run: dict[str, Any], options: dict[str, Any]
         ("cheap methods first", "yes" if options["cascade"] else "no"),
         ("attack", attack),
         ("arithmetic", f"{options['dtype']}, {options['device']}, batches of {options['batch_size']}"),
+        ("settings of torch not covered", ", ".join(summary["made"]["uncovered"]) or "none"),
         ("seed", str(options["seed"])),
         ("library", f"pycert {library['pycert']}, torch {library['torch']}, Python {library['python']}"),
         ("library build, SHA-256", library["build"]),

@@ -57,7 +57,7 @@ METADATA = frozenset(
     """size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex is_signed
     element_size get_device storage_offset __len__ __hash__ __repr__ __format__ is_same_size is_inference
     shape ndim dtype device is_cuda is_cpu layout requires_grad is_leaf is_sparse is_quantized is_meta is_mps
-    is_mkldnn is_xpu itemsize nbytes names grad_fn grad output_nr retains_grad is_pinned is_shared is_tensor
+    is_mkldnn is_xpu itemsize nbytes names grad_fn output_nr retains_grad is_pinned is_shared is_tensor
     is_conj is_neg has_names _is_view _version""".split()
 )
 #: Those of them that tell the device.
@@ -67,6 +67,9 @@ FORM_OF_SECOND = frozenset("to type_as view_as reshape_as expand_as".split())
 #: Functions whose result depends on the form of their tensors only.
 FACTORIES = frozenset(
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor".split()
+)
+DROPOUT = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout".split()
 )
 CASTS = frozenset("to type type_as float double cpu cuda".split())
 RANDOM = frozenset(
@@ -87,7 +90,7 @@ _HINTS = {
         reciprocal tan asin acos sinh cosh logit exp2 log2 log10 sinc atan2 xlogy floor ceil round""",
     _CONTROL: "gt lt ge le eq ne __eq__ __ne__ __gt__ __lt__ __ge__ __le__ __bool__ isnan isfinite isinf equal "
     "allclose any all nonzero argmax argmin argsort logical_not logical_and is_nonzero __contains__ isclose",
-    _FROZEN: "item tolist numpy __array__ __float__ __int__ __index__ __iter__ data_ptr backward __complex__",
+    _FROZEN: "item tolist numpy grad __array__ __float__ __int__ __index__ __iter__ data_ptr backward __complex__",
     "bound the logits and leave it out of the network": "softmax log_softmax softmin cross_entropy nll_loss logsumexp",
     "use BatchNorm1d or BatchNorm2d": "layer_norm group_norm instance_norm local_response_norm normalize rms_norm",
     "use Conv1d or Conv2d": "conv3d conv_transpose3d unfold_copy im2col",

@@ -67,8 +67,17 @@ def _native(tracer: Tracer, input: Any, weight: Any, bias: Any, running_mean: An
     return _functional(tracer, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-def _functional(tracer: Tracer, input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None,
-                bias: Any = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Traced:  # fmt: skip
+def _functional(
+    tracer: Tracer,
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Traced:
     """Running statistics only, written out as products and sums with live tensors."""
     if training or running_mean is None or running_var is None:
         tracer.refuse(
@@ -88,15 +97,7 @@ def _functional(tracer: Tracer, input: Any, running_mean: Any = None, running_va
     return result if bias is None else add(tracer, result, of_channels(bias))
 
 
-@lowers(
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_dropout",
-    "feature_alpha_dropout",
-)
+@lowers(*names.DROPOUT)
 def dropout(
     tracer: Tracer, input: Traced, p: float = 0.5, training: bool = True, train: bool = True
 ) -> Traced:

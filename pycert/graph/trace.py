@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,12 +61,11 @@ def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Graph:
     graph = _trace_at(root, examples, _BATCHES[0])
     try:
         again = _trace_at(root, examples, _BATCHES[1])
-        same = _same(graph, again)
     except Exception as error:
         raise UnsupportedOperator(
             "", f"a forward that works at batch {_BATCHES[0]} and not at {_BATCHES[1]}", f"it says: {error}"
         ) from error
-    if not same:
+    if not _same(graph, again):
         raise UnsupportedOperator(
             "", "a forward whose values depend on the batch size", "samples must stay apart"
         )
@@ -103,7 +105,7 @@ def _trace_at(root: nn.Module, examples: tuple[Tensor, ...], batch: int) -> Grap
         )
         inputs.append(tracer.wrap(node, item.dtype))
     with torch.enable_grad(), tracer:
-        output = shadows.root(*inputs)
+        output = _run(shadows.root, inputs)
     number = _output(tracer, output)
     nodes, number, slots = prune(tracer.builder.nodes, number)
     used = sorted({kept.attrs["module"] for kept in nodes if kept.op == "batch_norm"})
@@ -119,6 +121,17 @@ def _trace_at(root: nn.Module, examples: tuple[Tensor, ...], batch: int) -> Grap
         eval_only=list(tracer.eval_only.values()),
         pins=tracer.live.pins,
     )
+
+
+def _run(root: nn.Module, inputs: list[Traced]) -> Any:
+    try:
+        return root(*inputs)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(f"torch{os.sep}_dynamo{os.sep}" in frame.filename for frame in frames):
+            hint = "call the function itself (compiled modules are unwrapped by themselves)"
+            raise UnsupportedOperator("", "a function under torch.compile", hint) from error
+        raise
 
 
 def _output(tracer: Tracer, output: Any) -> int:
@@ -163,8 +176,23 @@ def _same_source(first: Any, second: Any) -> bool:
     """Expressions may hold the batch size, as ``expand(x.size(0), -1)`` does; their values must agree."""
     if isinstance(first, Slot) and isinstance(second, Slot):
         return first.owner is second.owner and first.name == second.name
-    if isinstance(first, (Constant, Expression)) and type(first) is type(second):
-        with torch.no_grad():
-            a, b = first.value(), second.value()
-        return a is b or (a.shape == b.shape and (a.is_meta or torch.equal(a, b)))
-    return False
+    if not isinstance(first, (Constant, Expression)) or type(first) is not type(second):
+        return False
+    if {id(tensor) for tensor in _outside(first)} != {id(tensor) for tensor in _outside(second)}:
+        hint = "use the parameter itself: a copy would be frozen into the trace"
+        raise UnsupportedOperator("", "a Parameter made or copied in the forward", hint)
+    with torch.no_grad():
+        a, b = first.value(), second.value()
+    return a is b or (a.shape == b.shape and (a.is_meta or torch.equal(a, b)))
+
+
+def _outside(source: Any) -> Iterator[Tensor]:
+    """Tensors that require gradients and that no module owns; the same in two traces, or made in the forward."""
+    if isinstance(source, Constant):
+        if source.tensor.requires_grad:
+            yield source.tensor
+    elif isinstance(source, Expression):
+        yield from _outside((source.args, tuple(source.kwargs.values())))
+    elif isinstance(source, (tuple, list)):
+        for item in source:
+            yield from _outside(item)

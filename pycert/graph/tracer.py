@@ -160,12 +160,19 @@ class Tracer(TorchFunctionMode):
         return self.builder.nodes[node].shape
 
     def node(self, value: Traced) -> int:
-        """The node of a value; refuses one that an in-place operation has changed through a view."""
-        if value.version != value.memory.version:
-            self.refuse(
-                "a value that has been changed in place through another one that shares its memory",
-                "write the change without its in-place form",
+        """The node of a value; read again from the memory's root where that has been changed in place."""
+        memory = value.memory
+        if value.version != memory.version:
+            if not value.certain or memory.root.version != memory.version:
+                self.refuse(
+                    "a value that may have been changed in place through another one that may share its memory",
+                    "write the change without its in-place form",
+                )
+            shape, root = tuple(value.shape[1:]), memory.root.node
+            value.node = (
+                self.reshape(root, shape) if value.place is None else self.gather(root, value.place, shape)
             )
+            value.version = memory.version
         return value.node
 
     def wrap(self, node: int, dtype: torch.dtype | None = None) -> Traced:
@@ -245,9 +252,11 @@ class Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         name = names.function_name(func)
         leaves = list(tensors_in((args, kwargs)))
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self.refuse("a transform of torch.func (vmap, grad)", "write out what it computes")
         if any(isinstance(leaf, Traced) for leaf in leaves):
             return self._lower(func, name, args, kwargs, leaves)
-        if name in names.RANDOM:
+        if name in names.RANDOM or (name in names.DROPOUT and self._drops(args, kwargs)):
             self.refuse(f"random function {name}", "bounds of a random network mean nothing")
         if any(self.source(leaf) is not None for leaf in leaves):
             return self._express(func, name, args, kwargs)
@@ -299,13 +308,15 @@ class Tracer(TorchFunctionMode):
         registered = names.registered_activation(func)
         if registered is None or not isinstance(value, Traced):
             self.refuse(names.display(func, name), names.hint(name))
+        self._base = self._path_of(registered)
         node = self.node(value)
         return self.wrap(self.emit("custom", (node,), self.shape(node), name=registered), value.dtype)
 
     def _write(self, target: Any, result: Traced, name: str) -> Traced:
         """In-place semantics: ``target`` takes the node of the result, and so does what it is a view of.
 
-        Other views become stale, and so does the root if it is not certain that memory is shared.
+        Other views read the root again when they are used. Where it is not certain that memory is
+        shared, nobody else knows any more what is there.
         """
         if not isinstance(target, Traced):
             self.refuse(f"{name} of a value into a constant tensor", "use torch.cat, torch.stack or F.pad")
@@ -352,6 +363,13 @@ class Tracer(TorchFunctionMode):
             for leaf in tensors:
                 self.pin(leaf, f"{name}()")
         return result
+
+    def _drops(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a dropout of a constant or a parameter is random; one that could be is watched."""
+        training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+        if not training:
+            self.needs_eval()
+        return bool(training)
 
     # ---- inner --------------------------------------------------------------------------------
 

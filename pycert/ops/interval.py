@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import torch
 from torch import Tensor
 
 SOUNDNESS = ("none", "real", "deployed")
 
-_Pair = Union[int, tuple[int, int]]
+_Pair = int | tuple[int, int]
 
 
 def _pair(name: str, value: _Pair) -> list[int]:
@@ -115,7 +113,20 @@ def _conv_shape(x, weight, stride, padding, dilation, transposed, output_padding
 
 
 @torch.library.register_fake("pycert::interval_conv2d")
-def _(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding, groups, soundness, extra):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    lower,
+    upper,
+    weight,
+    bias,
+    stride,
+    padding,
+    dilation,
+    transposed,
+    output_padding,
+    groups,
+    soundness,
+    extra,
+):
     shape = _conv_shape(lower, weight, stride, padding, dilation, transposed, output_padding, groups)
     return lower.new_empty(shape), lower.new_empty(shape)
 

@@ -96,7 +96,7 @@ def activation_lines(
             chord. ``"zero"`` and ``"one"``: lines that hold for many slopes take 0 or 1, clipped
             to the slopes on both sides of the kink; sigmoid and tanh stay adaptive.
         deployed: also enclose what the network's own arithmetic in the dtype of ``lower`` gives:
-            32 u for sigmoid and tanh, u |f| for prelu, 2 u |f| for leaky_relu (whose slope is
+            ``32 u`` for sigmoid and tanh, ``u |f|`` for prelu, ``2 u |f|`` for leaky_relu (whose slope is
             rounded as well), the rounding of the limits for clamp, nothing for relu and abs;
             u is the unit roundoff.
         negative_slope: leaky_relu's, any finite number.

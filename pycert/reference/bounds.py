@@ -79,11 +79,11 @@ class Region:
             self.center = self.lower / 2 + self.upper / 2
             return
         self.p, self.clip, self.center = float(region.p), region.clip, region.x.to(dtype)
-        eps = torch.as_tensor(region.eps).to(dtype).reshape(-1).expand(len(self.center))
+        eps = torch.as_tensor(region.eps, dtype=dtype).reshape(-1).expand(len(self.center))
         self.eps = eps.reshape(-1, *[1] * (self.center.dim() - 1))
         self.lower, self.upper = self.center - self.eps, self.center + self.eps
         if self.clip is not None:
-            low, high = (torch.as_tensor(end).to(dtype) for end in self.clip)
+            low, high = (torch.tensor(end, dtype=dtype) for end in self.clip)
             self.lower, self.upper = self.lower.maximum(low), self.upper.minimum(high)
 
     def minimum(self, A: Tensor, c: Tensor) -> Tensor:
@@ -92,7 +92,10 @@ class Region:
         For p = 1 and 2 with clip: the tighter, per row, of the ball and the box.
         """
         flat = A.flatten(2)
-        middle, radius = (self.lower / 2 + self.upper / 2).flatten(1), (self.upper / 2 - self.lower / 2).flatten(1)
+        middle, radius = (
+            (self.lower / 2 + self.upper / 2).flatten(1),
+            (self.upper / 2 - self.lower / 2).flatten(1),
+        )
         box = (flat @ middle[..., None] - flat.abs() @ radius[..., None]).squeeze(-1)
         if self.p == float("inf"):
             return box + c
@@ -124,7 +127,7 @@ class Walk:
         self.slots = [slot.to(dtype) for slot in graph.tensors()]
         self.statistics = execution.clean_statistics(graph, self.region.center, dtype=dtype)
         self.first = self._first_affine()
-        self.refined = self._pre_activations() if method in ("crown", "fastlin") else frozenset()
+        self.refined = frozenset() if method in ("ibp", "crown-ibp") else self._pre_activations()
         self.bounds: list[Interval] = []
         self.linear: list[Linear] = []
         for number in range(graph.output + 1):
@@ -152,21 +155,10 @@ class Walk:
         return _intersection(refined, self._interval_rows(spec)) if self.intersect else refined
 
     def linear_rows(self, spec: Tensor) -> Linear:
-        """Linear bounds of ``spec @ output`` in the input; a last linear layer is merged with ``spec``."""
-        if self.method != "forward":
-            return self.back_substitute(self.graph.output, spec)
-        number, A, c = self._merged(spec)
-        found = _combine(A, self.linear[number])
-        return found._replace(c_lower=found.c_lower + c, c_upper=found.c_upper + c)
-
-    def _merged(self, spec: Tensor) -> tuple[int, Tensor, Tensor]:
-        """``spec @ output`` as ``A @ value(node) + c`` with the node before a last linear layer."""
-        number = self.graph.output
-        node = self.graph.nodes[number]
-        if node.op != "linear":
-            return number, spec, torch.zeros(spec.shape[:2], dtype=self.dtype)
-        rows = spec.reshape(*spec.shape[:2], *node.shape)
-        return node.inputs[0], self._transpose(number, rows)[0].flatten(2), self._constant(number, rows)
+        """Linear bounds of ``spec @ output`` in the input."""
+        if self.method == "forward":
+            return _combine(spec, self.linear[self.graph.output])
+        return self.back_substitute(self.graph.output, spec)
 
     # Intervals, forward.
 
@@ -175,8 +167,9 @@ class Walk:
         self.bounds.append(self._interval(number, node))
         if self.method == "forward":
             self.linear.append(self._forward(number, node))
-            exact = self._forward_interval(number)
-            self.bounds[number] = _intersection(exact, self.bounds[number]) if self.intersect else exact
+            if number in self.refined:
+                found, interval = self._forward_interval(number), self.bounds[number]
+                self.bounds[number] = _intersection(found, interval) if self.intersect else found
         elif number in self.first and self.region.p != float("inf"):
             everywhere = torch.ones_like(self.bounds[number].lower, dtype=torch.bool)
             self.bounds[number] = self._refine(number, everywhere, intersect=True)
@@ -223,14 +216,22 @@ class Walk:
         return [matrix[0].flatten(1) for matrix in self._transpose(number, eye)]
 
     def _interval_rows(self, spec: Tensor) -> Interval:
-        """Interval bounds of ``spec @ output``: a last linear layer is merged with ``spec``."""
-        number, A, c = self._merged(spec)
-        if number == self.input:
-            A = A.reshape(*A.shape[:2], *self.graph.inputs[0])
-            return self.region.concretize(Linear(A, c, A, c))
-        lower, upper = (end.flatten(1)[..., None] for end in self.bounds[number])
-        middle, radius = A @ (lower / 2 + upper / 2), A.abs() @ (upper / 2 - lower / 2)
-        return Interval((middle - radius).squeeze(-1) + c, (middle + radius).squeeze(-1) + c)
+        """Interval bounds of ``spec @ output``: all affine layers after the last activations are merged with it."""
+        A = spec.reshape(*spec.shape[:2], *self.graph.nodes[self.graph.output].shape)
+        pending = {self.graph.output: A}
+        lower = upper = torch.zeros(spec.shape[:2], dtype=self.dtype)
+        for number in range(self.graph.output, -1, -1):
+            if number not in pending:
+                continue
+            A, node = pending.pop(number), self.graph.nodes[number]
+            if node.op in AFFINE:
+                constant = self._step(number, A, pending)
+                lower, upper = lower + constant, upper + constant
+                continue
+            ends = Region(self.bounds[number], self.dtype) if number != self.input else self.region
+            found = ends.concretize(Linear(A, lower, A, upper))
+            lower, upper = found.lower, found.upper
+        return Interval(lower, upper)
 
     # Back-substitution.
 
@@ -346,7 +347,8 @@ class Walk:
         Under p = 1 and 2 their bounds are those of the dual norm: interval arithmetic would take
         the box around the ball.
         """
-        unmixed, found = set(), set()
+        unmixed: set[int] = set()
+        found: set[int] = set()
         for number, node in enumerate(self.graph.nodes):
             if node.op not in AFFINE | {"input", "constant"} or not unmixed.issuperset(node.inputs):
                 continue
@@ -445,7 +447,10 @@ def _combine(matrix: Tensor, inner: Linear) -> Linear:
     c_lower = mix(inner.c_lower[..., None], inner.c_upper[..., None]).squeeze(-1)
     c_upper = mix(inner.c_upper[..., None], inner.c_lower[..., None]).squeeze(-1)
     return Linear(
-        unflatten(mix(inner.A_lower, inner.A_upper)), c_lower, unflatten(mix(inner.A_upper, inner.A_lower)), c_upper
+        unflatten(mix(inner.A_lower, inner.A_upper)),
+        c_lower,
+        unflatten(mix(inner.A_upper, inner.A_lower)),
+        c_upper,
     )
 
 

@@ -140,7 +140,12 @@ def batch_norm(
     weight, bias, mean, var = (parameter(node, slots, i) for i in range(4))
     if uses_batch_statistics(graph, node):
         mean, var = batch_statistics(x) if given is None else given
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, node.attrs["eps"])
+    assert mean is not None and var is not None
+    shape = (-1, *[1] * (x.dim() - 2))
+    value = (x - mean.reshape(shape)) / (var + node.attrs["eps"]).sqrt().reshape(shape)
+    if weight is not None:
+        value = value * weight.reshape(shape)
+    return value if bias is None else value + bias.reshape(shape)
 
 
 def conv_weight(weight: Tensor) -> Tensor:
@@ -168,8 +173,10 @@ def _avg_pool(node: Node, slots: list[Tensor], x: Tensor) -> Tensor:
 
 def _max_pool(node: Node, slots: list[Tensor], x: Tensor) -> Tensor:
     at = node.attrs
-    shape = (tuple(at[name]) for name in ("kernel", "stride", "padding", "dilation"))
-    return F.max_pool2d(x, *shape, at["ceil_mode"])
+    kernel, stride, padding, dilation = (
+        tuple(at[name]) for name in ("kernel", "stride", "padding", "dilation")
+    )
+    return F.max_pool2d(x, kernel, stride, padding, dilation, at["ceil_mode"])
 
 
 def _gather(node: Node, slots: list[Tensor], x: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def _above(lower: Tensor, upper: Tensor, f: Function) -> tuple[Tensor, Tensor]:
     middle = (lower + upper) / 2
     # The tangent point t >= 0 of the line through (lower, f(lower)): by bisection, as far as upper.
     low, high = lower.clamp(min=0), upper.clamp(min=0)
-    for _ in range(200):
+    for _ in range(100):
         t = (low + high) / 2
         beyond = _derivative(f, t) * (t - lower) <= f(t) - f(lower)
         low, high = torch.where(beyond, low, t), torch.where(beyond, t, high)

@@ -50,7 +50,7 @@ class Recipe:
     mix_start: int = 6
     mix_epochs: int = 24
     kappa: tuple[float, float] = (1.0, 0.3)
-    beta: tuple[float, float] = (0.0, 1.0)
+    beta: tuple[float, float] = (0.0, 0.9)
     batch_size: int = 64
     learning_rate: float = 2e-3
     milestones: tuple[float, ...] = (0.75, 0.9)

@@ -1,0 +1,371 @@
+// Method "forward": linear functions of the input around every value, propagated forward. For few inputs: a value of n
+// elements takes 2 n (d + 1) numbers a sample, d the number of inputs.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/avg_pool2d.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/eye.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/zeros.h>
+
+#include "engine/backward.h"
+
+namespace pycert::engine {
+
+namespace {
+
+// low <= value <= high for every input x: low = sum_k lower[k] x_k + lower[d], likewise upper.
+struct Linear {
+  Tensor lower, upper;  // [B, d + 1, n], the last row being the constant
+};
+
+class ForwardWalk {
+ public:
+  explicit ForwardWalk(Context& context) : c_(context), states_(context.program().nodes().size()) {
+    std::vector<Tensor> sizes;
+    for (const InputRegion& r : c_.regions()) {
+      const Tensor l = r.lower.reshape({c_.batch(), -1}), u = r.upper.reshape({c_.batch(), -1});
+      inputs_.push_back(l.size(1));
+      count_ += l.size(1);
+      sizes.push_back(at::maximum(l.detach().abs(), u.detach().abs()));
+    }
+    sizes.push_back(at::ones({c_.batch(), 1}, c_.tensor_options()));
+    size_ = at::cat(sizes, 1).unsqueeze(2);
+  }
+
+  BoundsResult run(const std::optional<Spec>& spec);
+
+ private:
+  void step(int64_t i);
+  Box concretise(const Linear& s);
+  Tensor lowest(const Tensor& rows);
+  Linear affine(int64_t i, const Node& node);
+  Linear scaled(const Linear& in, const Tensor& factor, const Tensor& term);
+  Linear relaxed(const Linear& in, const Lines& lines);
+  Linear pooled(const Linear& in, const PoolLines& lines, const Node& node);
+  Linear moved(const Linear& in, const std::function<Tensor(const Tensor&)>& f) { return {f(in.lower), f(in.upper)}; }
+  Linear widened(Linear s, const Tensor& charge);  // charge [B, n] or [n]
+  Tensor reach(const Linear& s) const;             // [B, n]: sum_k max(|lower|, |upper|) |x_k|, rounded up
+  const Linear& in(const Node& node, size_t j = 0) const { return states_[size_t(node.inputs[j])]; }
+
+  Context& c_;
+  std::vector<Linear> states_;
+  std::vector<int64_t> inputs_;
+  int64_t count_ = 0;
+  Tensor size_;  // [B, d + 1, 1]: largest |x_k|, and 1
+};
+
+Tensor ForwardWalk::reach(const Linear& s) const {
+  const Tensor most = at::maximum(s.lower.detach().abs(), s.upper.detach().abs()) * size_;
+  return most.sum(1) * (1 + 2 * c_.own_gamma(double(count_) + 4));
+}
+
+// The charge, and the roundings of adding it to the constants, go outward.
+Linear ForwardWalk::widened(Linear s, const Tensor& charge) {
+  if (!c_.sound()) return s;
+  at::NoGradGuard no_grad;
+  const double tiny = c_.dtype() == at::kFloat ? 0x1p-120 : 0x1p-1016;
+  const Tensor constants = at::maximum(s.lower.select(1, count_).detach().abs(), s.upper.select(1, count_).detach().abs());
+  const Tensor slack = ((charge + constants * c_.own_gamma(2)) * (1 + 1e-5) + tiny).unsqueeze(1);
+  at::AutoGradMode with_grad(c_.grad());
+  const auto shifted = [&](const Tensor& t, const Tensor& by) {
+    return at::cat({t.narrow(1, 0, count_), t.narrow(1, count_, 1) + by}, 1);
+  };
+  return {shifted(s.lower, -slack), shifted(s.upper, slack)};
+}
+
+Linear ForwardWalk::affine(int64_t i, const Node& node) {
+  PrecisionGuard guard;
+  const Linear& s = in(node);
+  const Tensor w = c_.weight(node), b = c_.bias(node);
+  const std::vector<int64_t>& shape = c_.program().node(node.inputs[0]).shape;
+  const auto apply = [&](const Tensor& t, const Tensor& weight) -> Tensor {
+    std::vector<int64_t> full{t.size(0) * (t.dim() == 3 ? t.size(1) : 1)};
+    full.insert(full.end(), shape.begin(), shape.end());
+    const Tensor x = t.reshape(full);
+    const Tensor y = node.op == Op::Linear ? x.matmul(weight.t()) : convolve(x, weight, node.conv);
+    auto out = t.sizes().vec();
+    out.back() = node.numel;
+    return y.reshape(out);
+  };
+  const Tensor positive = w.clamp_min(0), negative = w.clamp_max(0);
+  Linear out{apply(s.lower, positive) + apply(s.upper, negative), apply(s.upper, positive) + apply(s.lower, negative)};
+  Tensor bias;
+  if (b.defined()) {
+    bias = node.op == Op::Linear ? b.expand({node.numel / b.numel(), b.numel()}).reshape({-1})
+                                 : b.reshape({-1, 1}).expand({b.numel(), node.numel / b.numel()}).reshape({-1});
+    const auto with_bias = [&](const Tensor& t) {
+      return at::cat({t.narrow(1, 0, count_), t.narrow(1, count_, 1) + bias}, 1);
+    };
+    out = moved(out, with_bias);
+  }
+  if (!c_.sound()) return out;
+  at::NoGradGuard no_grad;
+  // both products (2 n terms and their sum), then the network's own (its charge is that of a backward step)
+  const double terms = 2.0 * double(node.op == Op::Linear ? w.size(1) : w.numel() / std::min(w.size(0), w.size(1)));
+  Tensor charge = apply(reach(s), w.detach().abs()) * (c_.own_gamma(terms + 6) * (1 + 4 * c_.own_gamma(terms + 6)));
+  if (bias.defined()) charge = charge + bias.detach().abs() * c_.own_gamma(2);
+  if (c_.deployed()) charge = charge + c_.charge(i);
+  return widened(out, charge + terms * (c_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022) * size_.sum());
+}
+
+// factor and term: [B, n] or [n]
+Linear ForwardWalk::scaled(const Linear& s, const Tensor& factor, const Tensor& term) {
+  const Tensor f = factor.dim() == 2 ? factor.unsqueeze(1) : factor, positive = f.clamp_min(0), negative = f.clamp_max(0);
+  Linear out{s.lower * positive + s.upper * negative, s.upper * positive + s.lower * negative};
+  if (!term.defined()) return out;
+  return moved(out, [&](const Tensor& t) {
+    return at::cat({t.narrow(1, 0, count_), t.narrow(1, count_, 1) + term.reshape({-1, 1, term.size(-1)})}, 1);
+  });
+}
+
+Linear ForwardWalk::relaxed(const Linear& s, const Lines& lines) {
+  const Linear low = scaled(s, lines.lower_slope, lines.lower_intercept);
+  const Linear high = scaled(s, lines.upper_slope, lines.upper_intercept);
+  const Linear out{low.lower, high.upper};
+  if (!c_.sound()) return out;
+  at::NoGradGuard no_grad;
+  const Tensor slope = at::maximum(lines.lower_slope.abs(), lines.upper_slope.abs());
+  Tensor size = reach(s) * slope + lines.upper_intercept.abs();
+  if (lines.lower_intercept.defined()) size = size + lines.lower_intercept.abs();
+  return widened(out, size * c_.own_gamma(5));
+}
+
+Linear ForwardWalk::pooled(const Linear& s, const PoolLines& lines, const Node& node) {
+  const int64_t taps = node.pool_index.size(1);
+  const Tensor index = node.pool_index.clamp_min(0).flatten();
+  const auto windows = [&](const Tensor& t) {
+    return t.index_select(2, index).view({t.size(0), t.size(1), node.numel, taps});
+  };
+  const Tensor low = windows(s.lower) * lines.lower.unsqueeze(1), high = windows(s.upper) * lines.upper.unsqueeze(1);
+  Linear out{low.sum(-1), high.sum(-1)};
+  out.upper = at::cat({out.upper.narrow(1, 0, count_), out.upper.narrow(1, count_, 1) + lines.constant.unsqueeze(1)}, 1);
+  if (!c_.sound()) return out;
+  at::NoGradGuard no_grad;
+  const Tensor size = reach(s).index_select(1, index).view({c_.batch(), node.numel, taps});
+  const Tensor most = (size * at::maximum(lines.lower, lines.upper)).sum(-1) + lines.constant.abs();
+  return widened(out, most * c_.own_gamma(double(taps) + 6));
+}
+
+void ForwardWalk::step(int64_t i) {
+  const Node& node = c_.program().node(i);
+  const int64_t batch = c_.batch();
+  Linear& out = states_[size_t(i)];
+  const auto rows = [&] { return std::vector<int64_t>{batch, count_ + 1, node.numel}; };
+  const auto spread = [&](const Tensor& t) {
+    if (t.numel() == node.numel || t.numel() == 1) return t.reshape({-1}).expand({node.numel});
+    return t.reshape({-1, 1}).expand({t.numel(), node.numel / t.numel()}).reshape({-1});
+  };
+  const auto zeros = [&] { return at::zeros(rows(), c_.tensor_options()); };
+  switch (node.op) {
+    case Op::Input: {
+      int64_t first = 0;
+      for (int64_t j = 0; j < node.index; ++j) first += inputs_[size_t(j)];
+      Tensor unit = at::zeros({count_ + 1, node.numel}, c_.tensor_options());
+      unit.narrow(0, first, node.numel).copy_(at::eye(node.numel, c_.tensor_options()));
+      out.lower = out.upper = unit.expand(rows());
+      return;
+    }
+    case Op::Linear: case Op::Conv:
+      out = affine(i, node);
+      return;
+    case Op::BatchNorm: case Op::MulConst: case Op::DivConst: case Op::AddConst: {
+      const bool shifts = node.op == Op::BatchNorm || node.op == Op::AddConst, scales = node.op != Op::AddConst;
+      const Tensor factor = scales ? spread(c_.scale_of(node)) : at::ones({node.numel}, c_.tensor_options());
+      const Tensor term = shifts ? spread(c_.term_of(node)) : Tensor();
+      out = scaled(in(node), factor, term);
+      if (!c_.sound()) return;
+      at::NoGradGuard no_grad;
+      Tensor charge = reach(in(node)) * factor.abs() * c_.own_gamma(10);
+      if (shifts) charge = charge + spread(c_.magnitude_of(node)) * c_.own_gamma(12);
+      const Tensor network = c_.charge(i);
+      if (c_.deployed() && network.defined()) charge = charge + network;
+      out = widened(out, charge);
+      return;
+    }
+    case Op::Add: {
+      const Linear &a = in(node, 0), &b = in(node, 1);
+      out = node.sign > 0 ? Linear{a.lower + b.lower, a.upper + b.upper} : Linear{a.lower - b.upper, a.upper - b.lower};
+      if (!c_.sound()) return;
+      at::NoGradGuard no_grad;
+      Tensor charge = (reach(a) + reach(b)) * c_.own_gamma(2);
+      if (c_.deployed()) charge = charge + c_.charge(i);
+      out = widened(out, charge);
+      return;
+    }
+    case Op::Sum: case Op::AvgPool: {
+      const Node& input = c_.program().node(node.inputs[0]);
+      const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
+      const auto reduce = [&](const Tensor& t) -> Tensor {
+        const int64_t count = t.numel() / input.numel;
+        auto shape = t.sizes().vec();
+        shape.back() = node.numel;
+        if (node.op == Op::Sum) return (t.reshape({count, -1, input.shape.back()}).sum(-1) / node.divisor).reshape(shape);
+        const Tensor image = t.reshape({count, input.shape[0], input.shape[1], input.shape[2]});
+        return at::avg_pool2d(image, node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
+                              node.count_include_pad, divisor)
+            .reshape(shape);
+      };
+      out = moved(in(node), reduce);
+      if (node.op == Op::Sum && node.divisor < 0) std::swap(out.lower, out.upper);
+      if (!c_.sound()) return;
+      at::NoGradGuard no_grad;
+      const double terms = node.op == Op::Sum ? double(input.shape.back()) : double(node.kernel[0] * node.kernel[1]);
+      Tensor charge = reduce(reach(in(node))).abs() * c_.own_gamma(terms + 6);
+      if (c_.deployed()) charge = charge + c_.charge(i);
+      out = widened(out, charge);
+      return;
+    }
+    case Op::Reshape:
+      out = in(node);
+      return;
+    case Op::Gather:
+      out = moved(in(node), [&](const Tensor& t) {
+        Tensor y = t.index_select(2, node.gather_clamped);
+        if (!node.gather_outside.defined()) return y;
+        y = y.masked_fill(node.gather_outside, 0);
+        const Tensor fill = at::full({node.numel}, node.fill, y.options()).masked_fill(~node.gather_outside, 0);
+        return at::cat({y.narrow(1, 0, count_), y.narrow(1, count_, 1) + fill}, 1);
+      });
+      return;
+    case Op::Concat: {
+      std::vector<Tensor> lower, upper;
+      for (size_t j = 0; j < node.inputs.size(); ++j) {
+        lower.push_back(in(node, j).lower);
+        upper.push_back(in(node, j).upper);
+      }
+      out = {at::cat(lower, 2), at::cat(upper, 2)};
+      return;
+    }
+    case Op::MaxPool:
+      out = pooled(in(node), c_.pool_lines(i), node);
+      return;
+    case Op::Max2: case Op::Min2: {  // max(a, b) = b + relu(a - b), min(a, b) = a - relu(a - b)
+      const Linear part = relaxed(in(node, 2), c_.relu_lines(node.inputs[2]));
+      const Linear& rest = node.op == Op::Max2 ? in(node, 1) : in(node, 0);
+      out = node.op == Op::Max2 ? Linear{rest.lower + part.lower, rest.upper + part.upper}
+                                : Linear{rest.lower - part.upper, rest.upper - part.lower};
+      if (!c_.sound()) return;
+      at::NoGradGuard no_grad;
+      out = widened(out, (reach(rest) + reach(part)) * c_.own_gamma(2));
+      return;
+    }
+    case Op::Constant: {
+      const Tensor value = std::get<0>(c_.box(i)).reshape({batch, 1, -1});
+      out.lower = out.upper = at::cat({zeros().narrow(1, 0, count_), value}, 1);
+      return;
+    }
+    default:
+      out = relaxed(in(node), c_.lines(i));
+      return;
+  }
+}
+
+// Lower bounds of rows [B, d + 1, n]: [B, n].
+Tensor ForwardWalk::lowest(const Tensor& rows) {
+  const int64_t batch = c_.batch(), n = rows.size(2);
+  const RowIndex index{at::arange(batch, at::kLong).repeat_interleave(n), {}};
+  const Tensor by_row = rows.transpose(1, 2);
+  Tensor total = by_row.select(2, count_).reshape({-1}).to(at::kDouble), magnitude = total.detach().abs();
+  int64_t first = 0;
+  for (size_t j = 0; j < inputs_.size(); ++j) {
+    const InputRegion& r = c_.regions()[j];
+    const Tensor part = by_row.narrow(2, first, inputs_[j]).reshape({batch * n, -1});
+    const Extent extent{1, 1, inputs_[j]};
+    const auto flat = [&](const Tensor& t) { return t.reshape({batch, -1}); };
+    const auto by_box = [&] { return concretize_box(part, {}, index, {}, extent, flat(r.lower), flat(r.upper)); };
+    Tensor value;
+    if (r.p == 0) {
+      value = by_box();
+    } else {
+      value = concretize_ball(part, {}, index, {}, extent, flat(r.centre), r.eps, r.p);
+      if (r.clipped) value = at::maximum(value, by_box());
+    }
+    total = total + value.select(0, 0);
+    magnitude = magnitude + value.select(0, 1).detach();
+    first += inputs_[j];
+  }
+  const Tensor charge = c_.sound() ? magnitude * gamma(double(count_) + 70, at::kDouble) + double(count_ + 70) * 0x1p-1021
+                                   : at::zeros_like(magnitude);
+  return lower_end(total, charge, c_.dtype()).view({batch, n});
+}
+
+Box ForwardWalk::concretise(const Linear& s) { return {lowest(s.lower), -lowest(-s.upper)}; }
+
+BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
+  const Program& program = c_.program();
+  const int64_t output = program.output(), batch = c_.batch();
+  for (int64_t i = 0; i <= output; ++i) {
+    c_.options().interrupt();
+    Box box = c_.interval_step(i);
+    c_.set_box(i, box);
+    const Node& node = program.node(i);
+    step(i);
+    if (!node.depends_on_input || !program.is_preactivation(i)) continue;
+    auto [lower, upper] = concretise(states_[size_t(i)]);
+    lower = lower.view(std::get<0>(box).sizes());
+    upper = upper.view(std::get<1>(box).sizes());
+    if (c_.options().intersect) {
+      lower = at::maximum(lower, std::get<0>(box));
+      upper = at::minimum(upper, std::get<1>(box));
+    }
+    c_.set_box(i, {lower, upper});
+  }
+  Linear last = states_[size_t(output)];
+  if (spec.has_value()) {
+    Tensor rows = spec->rows;
+    if (spec->source.defined()) rows = rows.index_select(0, spec->source);
+    rows = rows.view({batch, spec->count, -1});
+    const Tensor positive = rows.clamp_min(0).transpose(1, 2), negative = rows.clamp_max(0).transpose(1, 2);
+    PrecisionGuard guard;
+    Linear out{last.lower.matmul(positive) + last.upper.matmul(negative),
+               last.upper.matmul(positive) + last.lower.matmul(negative)};
+    if (c_.sound()) {
+      at::NoGradGuard no_grad;
+      const Tensor size = reach(last).unsqueeze(1).matmul(rows.abs().transpose(1, 2)).squeeze(1);
+      out = widened(out, size * (c_.own_gamma(2.0 * double(rows.size(2)) + 6) * (1 + 1e-3)));
+    }
+    last = out;
+  }
+  auto [lower, upper] = concretise(last);
+  if (c_.options().intersect && !spec.has_value()) {
+    const auto& [l, u] = c_.box(output);
+    lower = at::maximum(lower, l.reshape(lower.sizes()));
+    upper = at::minimum(upper, u.reshape(upper.sizes()));
+  }
+  std::vector<int64_t> shape{batch};
+  const auto& own = program.node(output).shape;
+  if (spec.has_value())
+    shape.push_back(spec->count);
+  else
+    shape.insert(shape.end(), own.begin(), own.end());
+  BoundsResult result;
+  const Side side = c_.options().side;
+  if (side != Side::Upper) result.lower = lower.view(shape);
+  if (side != Side::Lower) result.upper = upper.view(shape);
+  if (!c_.options().return_linear) return result;
+  const auto split = [&](const Tensor& t, std::vector<Tensor>& into) {
+    int64_t first = 0;
+    for (int64_t n : inputs_) {
+      into.push_back(t.narrow(1, first, n).transpose(1, 2).contiguous());
+      first += n;
+    }
+    return t.select(1, count_);
+  };
+  if (side != Side::Upper) result.c_lower = split(last.lower, result.A_lower);
+  if (side != Side::Lower) result.c_upper = split(last.upper, result.A_upper);
+  return result;
+}
+
+}  // namespace
+
+BoundsResult forward_bound(Context& context, const std::optional<Spec>& spec) {
+  BoundsResult result = ForwardWalk(context).run(spec);
+  if (!context.options().intersect || !spec.has_value()) return result;
+  const BoundsResult other = interval_bound(context, spec);
+  if (result.lower.defined()) result.lower = at::maximum(result.lower, other.lower);
+  if (result.upper.defined()) result.upper = at::minimum(result.upper, other.upper);
+  return result;
+}
+
+}  // namespace pycert::engine
