@@ -31,7 +31,11 @@ autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # attributes once, in the docstring of their class
-napoleon_custom_sections = [("Soundness", "notes_style"), ("Gradient", "notes_style"), ("Source", "notes_style")]
+napoleon_custom_sections = [
+    ("Soundness", "notes_style"),
+    ("Gradient", "notes_style"),
+    ("Source", "notes_style"),
+]
 
 html_theme = "furo"
 html_title = f"pycert {release}"

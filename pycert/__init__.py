@@ -9,14 +9,14 @@ from pycert._build_check import check_build
 check_build()
 
 # torch must be loaded before the compiled module, which the check has done.
-from pycert import _C as _C  # noqa: E402
-from pycert import attacks, nn, ops  # noqa: E402
-from pycert._version import __version__  # noqa: E402
-from pycert.activations import register_activation  # noqa: E402
-from pycert.bounded import BoundedModule, Bounds, Cost, LinearBounds, margins  # noqa: E402
-from pycert.certification import CertifyResult, certify  # noqa: E402
-from pycert.errors import UnsupportedOperator  # noqa: E402
-from pycert.regions import Box, LpBall  # noqa: E402
+from pycert import _C as _C
+from pycert import attacks, nn, ops, plot, train
+from pycert._version import __version__
+from pycert.activations import register_activation
+from pycert.bounded import BoundedModule, Bounds, Cost, LinearBounds, margins
+from pycert.certification import CertifyResult, certify
+from pycert.errors import UnsupportedOperator
+from pycert.regions import Box, LpBall
 
 __all__ = [
     "BoundedModule",
@@ -33,5 +33,7 @@ __all__ = [
     "margins",
     "nn",
     "ops",
+    "plot",
     "register_activation",
+    "train",
 ]

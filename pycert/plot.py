@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: Colours that stay apart for every common form of colour blindness (Okabe and Ito), and in print by their
-#: markers.
+#: Colours that stay apart for every common form of colour blindness (Okabe and Ito); markers for print.
 STYLES = {
     "ibp": ("#E69F00", "o"),
     "crown-ibp": ("#0072B2", "s"),
@@ -18,8 +17,7 @@ STYLES = {
 
 
 def certified_accuracy(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Certified accuracy against eps: one line a method, PGD as the upper limit, clean accuracy as a
-    reference.
+    """Certified accuracy against eps: one line a method, PGD as the upper limit, clean accuracy beside.
 
     The true robust accuracy lies between the highest certified line and the PGD line.
 
@@ -65,7 +63,7 @@ def certified_accuracy(results: Mapping[str, Any], path: str | Path) -> Path:
         )
     if results.get("training_eps") is not None:
         axes.axvline(results["training_eps"], color="0.7", linewidth=1, zorder=0)
-        axes.annotate(" eps in training", (results["training_eps"], 98), color="0.4", fontsize=8)
+        axes.annotate(" eps in training", (results["training_eps"], 2), color="0.4", fontsize=8)
     axes.set_xlabel(
         f"eps: radius of the L{_norm(results.get('p', 'inf'))} ball around each input, in input units"
     )

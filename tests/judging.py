@@ -53,6 +53,8 @@ class Judge:
                 steepest = max(1.0, abs(node.attrs["slope"]))
             if node.op == "prelu":
                 steepest = max(1.0, float(walk.slots[node.params[0]].detach().abs().max()))
+            if node.op == "custom":  # SiLU is the only one in nets.py
+                return 1.1 * errors[0] + 32 * ROUNDOFF * (1 + magnitude[0])
             return steepest * errors[0] + 32 * ROUNDOFF * (1 + magnitude[0].minimum(torch.ones(())))
         if node.op == "max_pool":
             return execution.apply(node, walk.slots, errors[0])

@@ -73,6 +73,19 @@ class Apply(nn.Module):
         return self.function(self, x)
 
 
+def silu(x: Tensor) -> Tensor:
+    return x * x.sigmoid()
+
+
+def silu_derivative(x: Tensor) -> Tensor:
+    return x.sigmoid() * (1 + x * (-x).sigmoid())
+
+
+def registered_silu() -> nn.Module:
+    bend = 2.399357280515467
+    return pycert.register_activation(silu, silu_derivative, [-bend, bend], name="silu of tests/nets.py")
+
+
 ELEMENTWISE: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": lambda: nn.LeakyReLU(0.1),
@@ -83,6 +96,7 @@ ELEMENTWISE: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
     "abs": lambda: Apply(lambda self, x: x.abs()),
+    "custom": registered_silu,
 }
 
 
@@ -164,9 +178,10 @@ def batch_norm_linear(g):
 
 @network
 def pools(g):
+    # leaky: after ReLU many lower ends are equal, and which of them max pooling picks is chance
     kernel, stride = [(3, 2), (2, 1), ((3, 2), (2, 1))][integer(g, 0, 2)]
     return nn.Sequential(
-        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(kernel, stride, padding=1),
+        nn.Conv2d(1, 2, 3, padding=1), nn.LeakyReLU(0.1), nn.MaxPool2d(kernel, stride, padding=1),
         nn.Conv2d(2, 3, 2), nn.ReLU(), nn.AvgPool2d(2, 1, padding=1, count_include_pad=bool(integer(g, 0, 1))),
         nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), nn.LazyLinear(2),
     ), (1, 7, 6)  # fmt: skip

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import pycert
-from pycert.attacks import _Ball, class_margin, pgd
+from pycert._domains import Ball
+from pycert.attacks import class_margin, pgd
 
 INF = float("inf")
 
@@ -70,7 +71,7 @@ def test_projection_is_the_nearest_point(p, seed):
     generator = torch.Generator().manual_seed(seed)
     center = torch.rand(6, 15, generator=generator, dtype=torch.float64)
     eps = torch.full((6,), 0.8, dtype=torch.float64)
-    ball = _Ball(center, eps, p, torch.tensor(0.0).double(), torch.tensor(1.0).double())
+    ball = Ball(center, eps, p, torch.tensor(0.0).double(), torch.tensor(1.0).double())
     outside = center + 2 * torch.randn(center.shape, generator=generator, dtype=torch.float64)
     nearest = ball.project(outside)
     for _ in range(50):
@@ -83,7 +84,7 @@ def test_sorting_and_bisection_agree_on_the_l1_ball():
     center, eps = torch.randn(9, 30).double(), torch.linspace(0.01, 5, 9).double()
     point = center + torch.randn(9, 30).double()
     limits = [(-INF, INF), (-1e3, 1e3)]
-    found = [_Ball(center, eps, 1, torch.tensor(a), torch.tensor(b)).project(point) for a, b in limits]
+    found = [Ball(center, eps, 1, torch.tensor(a), torch.tensor(b)).project(point) for a, b in limits]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-11)
 
 
@@ -146,6 +147,12 @@ def test_a_bounded_module_is_attacked_like_its_network():
     bm = pycert.BoundedModule(net, x[:1])
     region = pycert.LpBall(x, eps=0.1)
     assert torch.equal(pgd(net, region, y, steps=3).inputs, pgd(bm, region, y, steps=3).inputs)
+
+
+def test_a_network_that_gives_nan_is_broken():
+    net = nn.Linear(3, 2)
+    nn.init.constant_(net.bias, float("nan"))
+    assert pgd(net, pycert.LpBall(torch.rand(2, 3), eps=0.1), torch.zeros(2).long()).success.all()
 
 
 def test_a_callable_objective_is_made_small():

@@ -63,9 +63,10 @@ def test_bounds_equal_the_reference(name, method, intersect):
             raise AssertionError(f"{kind}: {error}") from None
 
 
+@pytest.mark.parametrize("intersect", [False, True], ids=["plain", "intersect"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["mlp_relu", "conv_plain", "residual", "pools", "batch_norm_linear", "affine_only"])
-def test_spec_rows_equal_the_reference(name, method):
+def test_spec_rows_equal_the_reference(name, method, intersect):
     _, bm, graph, x = setup(name)
     outputs = graph.numel(graph.output)
     generator = torch.Generator().manual_seed(2)
@@ -73,8 +74,8 @@ def test_spec_rows_equal_the_reference(name, method):
         spec = torch.randn(*shape, generator=generator).double()
         for where in regions(x).values():
             with torch.no_grad():
-                found = bm.bound(where, method=method, spec=spec, soundness="none", intersect=False)
-                expected = reference.bound(graph, where, method, spec=spec)
+                found = bm.bound(where, method=method, spec=spec, soundness="none", intersect=intersect)
+                expected = reference.bound(graph, where, method, spec=spec, intersect=intersect)
             assert_same(found, expected)
 
 
@@ -128,7 +129,7 @@ def gradients(objective: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", [name for name in GRADIENT_NETS if name not in ("mlp_hardtanh",)])
+@pytest.mark.parametrize("name", GRADIENT_NETS)
 def test_gradients_equal_the_reference(name, method):
     net, bm, graph, x = setup(name)
     net.requires_grad_(True)
@@ -137,8 +138,9 @@ def test_gradients_equal_the_reference(name, method):
         eps = torch.linspace(0.05, 0.2, len(x), dtype=F64).requires_grad_()
         where = pycert.LpBall(center, eps=eps, p=p, clip=clip)
         inputs = [*net.parameters(), eps] + ([center] if clip is None else [])
-        found = bm.bound(where, method=method, soundness="none", intersect=False)
-        lower, upper = reference.bound(graph, where, method)
+        intersect = p == 2
+        found = bm.bound(where, method=method, soundness="none", intersect=intersect)
+        lower, upper = reference.bound(graph, where, method, intersect=intersect)
         generator = torch.Generator().manual_seed(0)
         weights = [torch.randn(lower.shape, generator=generator, dtype=F64) for _ in range(2)]
         ours = gradients((weights[0] * found.lower + weights[1] * found.upper).sum(), inputs)
@@ -193,6 +195,41 @@ def test_batch_norm_in_training_uses_the_clean_batch():
         for mine, other in zip(ours, theirs):
             torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-7)
     assert all(torch.equal(a, b) for a, b in zip(running, net.buffers())), "bounds must not move running statistics"
+
+
+def test_two_inputs_are_bounded_like_their_concatenation():
+    torch.manual_seed(8)
+    first, second = torch.nn.Linear(5, 6, dtype=F64), torch.nn.Linear(6, 3, dtype=F64)
+
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return second(first(torch.cat([a, b], 1)).relu())
+
+    x = torch.rand(4, 5, dtype=F64)
+    one = pycert.BoundedModule(torch.nn.Sequential(first, torch.nn.ReLU(), second), x)
+    two = pycert.BoundedModule(Two(), (x[:, :2], x[:, 2:]))
+    for constant in (False, True):
+        width = torch.tensor([0.1, 0.1, *([0.0] * 3 if constant else [0.1] * 3)], dtype=F64)
+        parts = (pycert.Box(x[:, :2] - width[:2], x[:, :2] + width[:2]), pycert.Box(x[:, 2:] - width[2:], x[:, 2:] + width[2:]))
+        for method in METHODS:
+            with torch.no_grad():
+                whole = one.bound(pycert.Box(x - width, x + width), method=method, soundness="none")
+                assert_same(two.bound(parts, method=method, soundness="none"), (whole.lower, whole.upper))
+
+
+def test_strided_inputs_give_the_same_bounds():
+    _, bm, _, x = setup("conv_plain")
+    strided = torch.stack([x, -x], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    for method in METHODS:
+        with torch.no_grad():
+            dense = bm.bound(pycert.Box(x - 0.1, x + 0.1), method=method)
+            found = bm.bound(pycert.Box(strided - 0.1, (strided + 0.1).transpose(2, 3).clone().transpose(2, 3)), method=method)
+        assert torch.equal(found.lower, dense.lower) and torch.equal(found.upper, dense.upper)
 
 
 # Orders that theory grants.

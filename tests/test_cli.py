@@ -79,6 +79,17 @@ def test_certify_writes_what_the_library_says(folder, capsys):
     assert "crown" in text
 
 
+@pytest.mark.parametrize(("p", "eps"), [("inf", "0.08"), ("2", "0.25"), ("1", "0.5")])
+def test_what_is_certified_is_not_broken(folder, p, eps):
+    assert main([*FULL, "--quiet", "--eps", eps, "--p", p, "--attack-steps", "30"]) == 0
+    rows = results()
+    proved = {row["sample"] for row in rows if row.get("certified")}
+    broken = {row["sample"] for row in rows if row["method"] == "pgd" and not row["robust"]}
+    assert proved
+    assert len(broken) > 2
+    assert not proved & broken
+
+
 def test_the_report_stands_alone_and_names_what_it_rests_on(folder):
     assert main([*FULL[:-1], "--report", "page.html", "--quiet", "--soundness", "none"]) == 0
     page = (folder / "page.html").read_text()
@@ -200,6 +211,8 @@ def test_normalisation_stands_in_front_of_the_network(folder):
         (["--samples", "24"], "between 1 and the 23 samples"),
         (["--mean", "0.5"], "--mean and --std must be given together"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--memory", "lots"], "memory must be bytes or text such as '2GiB'"),
+        (["--device", "abacus"], "--device must be cpu or cuda, got 'abacus'"),
         (["--data", "classes.npz"], "y holds class 7, but the network has 3 outputs"),
         (["--data", "pickled.npz"], "not a .npz file of plain arrays"),
     ],
@@ -243,6 +256,17 @@ def test_broken_results_are_not_taken_for_results(folder, capsys):
     (folder / "r.jsonl").write_text("hello\n")
     assert main(FULL) == 2
     assert "not a results file" in capsys.readouterr().err
+
+
+def test_without_matplotlib_results_and_report_are_still_written(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(certify.importlib.util, "find_spec", lambda name: None)
+    command = f"{COMMAND} --eps 0.02 --quiet --report new/page.html".split()
+    assert main(command) == 0
+    assert "no plot: matplotlib is not installed" in capsys.readouterr().err
+    assert "<img" not in (folder / "new" / "page.html").read_text()
+    assert main([*command, "--plot", "p.png"]) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
 def test_plot_draws_unfinished_results(folder, capsys):

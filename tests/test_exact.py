@@ -130,6 +130,29 @@ def test_relu_lines_are_valid_exactly(seed, slope):
             assert lower_slope * x <= max(x, 0) <= upper_slope * x + upper_intercept
 
 
+@pytest.mark.parametrize("row", [[1e8, 1.0, -1e8], [1.0, 1e8, -1e8], [-1e8, 1e8, 1.0]])
+def test_coefficients_that_cancel_where_three_branches_meet(row):
+    """In float32 the sum of the branches' coefficients is off by as much as the result."""
+    net = nets.Apply(lambda self, x: torch.cat([x, x, x], dim=1))
+    x = torch.ones(1, 1)
+    bm = pycert.BoundedModule(net, x)
+    for method in METHODS:
+        bounds = bm.bound(pycert.Box(x, x.clone()), method=method, spec=torch.tensor([row]), soundness="real")
+        assert bounds.lower <= 1 <= bounds.upper, method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_products_below_the_least_float64(method):
+    net = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    net.weight.data.fill_(1e-200)
+    bm, x = pycert.BoundedModule(net, torch.zeros(1, 3).double()), torch.full((1, 3), 1e-200).double()
+    with torch.no_grad():
+        tiny = bm.bound(pycert.Box(x, x.clone()), method=method, soundness="real")
+        ball = bm.bound(pycert.LpBall(0 * x, eps=1.0, p=2), method=method, soundness="real")
+    assert tiny.upper > 0, "the exact output is 3e-400"
+    assert ball.upper >= 1.7321e-200 and ball.lower <= -1.7321e-200
+
+
 def test_the_exact_network_is_the_network():
     """The rational execution agrees with torch in float64, so that it judges the right function."""
     for name in SMALL:

@@ -174,6 +174,57 @@ def test_permuted_units_stay_inside(method):
             assert (bounds.lower <= y).all() and (y <= bounds.upper).all()
 
 
+def dense_net(features: int, hidden: int, seed: int) -> torch.nn.Module:
+    """Two layers whose sums nearly cancel, so that rounding errors are large beside the result."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(features, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 16))
+    net[0].weight.data = torch.randn(hidden, features)
+    net[2].weight.data = torch.randn(16, hidden)
+    net[2].weight.data -= net[2].weight.data.mean(1, keepdim=True)
+    return net
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 40])
+@pytest.mark.parametrize(("features", "hidden"), [(33, 2500), (1024, 7), (1025, 1030), (3000, 20)])
+def test_long_sums(features, hidden, batch):
+    """Every way to form a product: row by row or by blocks, in the forward and in the backward walk."""
+    net = dense_net(features, hidden, seed=features + batch)
+    x = torch.rand(batch, features) + 0.5
+    bm = pycert.BoundedModule(net, x)
+    for where in (pycert.Box(x, x.clone()), pycert.LpBall(x, eps=1e-4, p=math.inf)):
+        points = nets.points_in(where, batch, 4, torch.float32)
+        with torch.no_grad():
+            exact = torch.stack([net.double()(point.double()) for point in points])
+            runs = torch.stack([net.float()(point) for point in points])
+            runs_alone = torch.stack([torch.cat([net(row[None]) for row in point]) for point in points])
+            for method in ("ibp", "crown-ibp"):
+                real = bm.bound(where, method=method, soundness="real")
+                margin = 1e-9 * (real.upper - real.lower).double() + 1e-9  # float64 against float32
+                assert (real.lower.double() <= exact + margin).all(), method
+                assert (real.upper.double() >= exact - margin).all(), method
+                deployed = bm.bound(where, method=method, soundness="deployed")
+                for value in (runs, runs_alone):
+                    assert (deployed.lower <= value).all() and (value <= deployed.upper).all(), method
+
+
+def test_long_sums_of_convolutions():
+    torch.manual_seed(9)
+    net = torch.nn.Sequential(torch.nn.Conv2d(128, 96, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(96, 8, 3),
+                              torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 4, 3, stride=2))  # fmt: skip
+    for layer in net[::2]:
+        layer.weight.data = torch.randn(layer.weight.shape)
+    x = torch.rand(2, 128, 6, 6)
+    where = pycert.Box(x, x.clone())
+    bm = pycert.BoundedModule(net, x)
+    with torch.no_grad():
+        exact, run = net.double()(x.double()), net.float()(x)
+        for method in ("ibp", "crown-ibp"):
+            real = bm.bound(where, method=method, soundness="real")
+            assert (real.lower.double() <= exact).all() and (exact <= real.upper.double()).all()
+            deployed = bm.bound(where, method=method, soundness="deployed")
+            assert (deployed.lower <= run).all() and (run <= deployed.upper).all()
+
+
 def test_overflow_gives_infinite_bounds():
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
     for layer in (net[0], net[2]):

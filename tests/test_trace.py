@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -533,6 +535,21 @@ def test_shared_expressions_are_evaluated_once():
         return x * w
 
     assert_same(Apply(forward, w=parameter(2)), (2,))
+
+
+def _orthogonalised(m: Any, x: Tensor) -> Tensor:
+    w = m.w / m.w.norm()
+    for _ in range(30):  # Bjorck's iteration towards an orthogonal matrix
+        w = 1.5 * w - 0.5 * w @ w.mT @ w
+    return F.linear(x, w)
+
+
+def test_long_expressions_deepcopy_and_pickle():
+    net = Apply(_orthogonalised, w=parameter(4, 4))
+    graph = assert_same(net, (4,))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for again in (copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        torch.testing.assert_close(evaluate(again, x), net(x), rtol=1e-12, atol=1e-12)
 
 
 def test_batch_norm_in_training_mode_stays_one_node_and_is_not_updated():

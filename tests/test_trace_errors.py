@@ -192,7 +192,8 @@ def test_no_parameter_is_frozen_in_silence(function, kind):
 
 
 def test_values_drawn_by_numpy_are_refused():
-    refused(Apply(lambda m, x: x * float(np.random.rand())), 3, match="depend on the batch size")
+    generator = np.random.default_rng(0)
+    refused(Apply(lambda m, x: x * float(generator.random())), 3, match="depend on the batch size")
 
 
 def test_state_changed_in_the_forward_is_refused():

@@ -30,6 +30,13 @@ PYCERT_HD inline T round_up(double x) {
   return static_cast<T>(x * (1 + 1e-6)) + kTiny<T>;
 }
 
+// n u / (1 - n u), rounded up; n u < 1/2 is the caller's.
+template <typename T>
+PYCERT_HD inline T chain_error(double n) {
+  const double nu = n * double(kUnit<T>);
+  return static_cast<T>(nu / (1 - nu) * (1 + 1e-6));
+}
+
 // mid and radius with [lower, upper] inside mid +- rho, and radius >= rho + own |mid| + deployed (|mid| + rho).
 // A value that is exactly zero stays exactly zero in every execution and needs no charge.
 template <typename T>

@@ -3,7 +3,7 @@
 // Slopes are chosen in floating point, then the intercepts are those of the chosen slopes, rounded outward: where
 // f - slope x can be extreme (both ends, every kink, every point with f' = slope) it is evaluated outward in double.
 // So every line holds in real arithmetic, whatever the slope. With `deployed` the lines also hold for the values the
-// network's own arithmetic gives: f is widened by its rounding error (DESIGN.md, section 4).
+// network's own arithmetic gives: f is widened by its rounding error (docs/soundness.md).
 #pragma once
 
 #include "core/relaxation_kinked.h"

@@ -97,7 +97,7 @@ void relax_as(const RelaxArgs<T>& a) {
                                      kLowerIntercept ? a.lower_intercept + at : nullptr,
                                      a.upper_intercept + at,
                                      kBias ? a.bias + index : nullptr,
-                                     kSound ? a.charge + index : nullptr};
+                                     kSound ? a.charge + at : nullptr};
             relax_run<kSound, kLowerIntercept, kBias>(rows + offset, sign, out + offset, p, length, sums);
           },
           [&](int64_t offset, int64_t length) { std::fill(out + offset, out + offset + length, T(0)); });
@@ -123,7 +123,7 @@ void relax(const RelaxArgs<T>& a) {
 
 template <typename T>
 void dot(const DotArgs<T>& a) {
-  const int64_t size = row_size(a.window, a.extent);
+  const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
   at::parallel_for(0, a.map.count, grain(size), [&](int64_t begin, int64_t end) {
     for (int64_t q = begin; q < end; ++q) {
       const double sign = q >= a.map.negative_from ? -1 : 1;
@@ -132,7 +132,7 @@ void dot(const DotArgs<T>& a) {
       for_runs(
           a.window, a.extent, position_of(a.map, q),
           [&](int64_t offset, int64_t index, int64_t length) PYCERT_INLINED {
-            const T *row = rows + offset, *bias = a.bias + index, *charge = a.charge + index;
+            const T *row = rows + offset, *bias = a.bias + index, *charge = a.charge + a.map.sample[q] * n + index;
             for_lanes(length, [&](const auto& memory, int64_t k) PYCERT_INLINED {
               const Doubles z = widen(memory.load(row + k));
               if (a.bias != nullptr) {

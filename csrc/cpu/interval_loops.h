@@ -20,7 +20,15 @@ void prepare(const PrepareArgs<T>& a) {
         }
         continue;
       }
-      for (int64_t k = 0; k < a.count; ++k) prepare_sound(lower[k], upper[k], a.own, a.deployed, mid[k], radius[k]);
+      double live = double(a.count);
+      if (a.count_live) {
+        int64_t zeros = 0;
+        for (int64_t k = 0; k < a.count; ++k) zeros += (lower[k] == T(0)) & (upper[k] == T(0));
+        live -= double(zeros);
+      }
+      const T own = a.own ? chain_error<T>(std::min(a.own_terms, live) + a.own_extra) : T(0);
+      const T deployed = a.deployed ? chain_error<T>(std::min(a.deployed_terms, live) + a.deployed_extra) : T(0);
+      for (int64_t k = 0; k < a.count; ++k) prepare_sound(lower[k], upper[k], own, deployed, mid[k], radius[k]);
       if (a.sums == nullptr) continue;
       double lanes[8] = {};
       int64_t k = 0;

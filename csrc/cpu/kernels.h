@@ -8,7 +8,7 @@ namespace pycert::cpu {
 
 // ---- interval family -------------------------------------------------------------------------------------------
 
-// Midpoint and radius of boxes, with the error terms of DESIGN section 4 riding on the radius.
+// Midpoint and radius of boxes, with the error terms of docs/soundness.md riding on the radius.
 template <typename T>
 struct PrepareArgs {
   const T* lower;  // [B, K]
@@ -17,8 +17,12 @@ struct PrepareArgs {
   T* radius;       // [B, K]: rho' = rho + own |m| + deployed (|m| + rho), rounded up
   double* sums;    // [B]: ||m||_1 + ||rho'||_1, or null
   int64_t batch, count;
-  T own, deployed;  // g and h; both 0 and `sound` false: plain arithmetic
-  bool sound;
+  // Roundings of a chain, ours and the network's: g = gamma(min(own_terms, live) + own_extra), h likewise, with
+  // `live` the elements of the sample that are not zero for certain, where `count_live` (a vector; not an image,
+  // whose windows see fewer). A zero term adds nothing and rounds nothing.
+  double own_terms, own_extra, deployed_terms, deployed_extra;
+  bool own, deployed, count_live;
+  bool sound;  // false: plain arithmetic
 };
 
 // [c - r, c + r] from the two products, widened; in place: centre becomes lower, radius becomes upper.
@@ -107,7 +111,7 @@ struct RelaxArgs {
   const T *lower_slope, *upper_slope;          // [B, n]
   const T *lower_intercept, *upper_intercept;  // [B, n]; the lower may be null (0)
   const T* bias;                               // [n] or null: of the affine node that feeds the activation
-  const T* charge;                             // [n] or null
+  const T* charge;                             // [B, n] or null
   double *constant, *magnitude, *error;        // [Q], added to; the last two null where not sound
 };
 
@@ -118,7 +122,7 @@ struct DotArgs {
   RowMap map;
   Window window;
   Extent extent;
-  const T *bias, *charge;  // [n] or null
+  const T *bias, *charge;  // [n], [B, n] or null
   double *constant, *magnitude, *error;
 };
 

@@ -67,6 +67,28 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
   }
 };
 
+// rows . bias with gradient; the value comes from the kernel. Rows are their own and dense over the channels.
+struct DotFunction : torch::autograd::Function<DotFunction> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& rows, const Tensor& bias,
+                        const Tensor& value) {
+    ctx->save_for_backward({rows, bias});
+    return value.clone();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    const auto s = ctx->get_saved_variables();
+    const Tensor& rows = s[0];
+    const Tensor grad = grads[0].to(rows.scalar_type());
+    const int64_t count = rows.size(0), channels = s[1].size(0);
+    const Tensor by_channel = rows.reshape({count, channels, -1});
+    Tensor to_rows, to_bias;
+    if (ctx->needs_input_grad(0))
+      to_rows = (grad.view({-1, 1, 1}) * s[1].view({1, -1, 1})).expand(by_channel.sizes()).reshape(rows.sizes());
+    if (ctx->needs_input_grad(1)) to_bias = grad.unsqueeze(0).matmul(by_channel.sum(-1)).squeeze(0);
+    return {to_rows, to_bias, Tensor()};
+  }
+};
+
 // `value` in the forward pass, the gradient of `plain`: an outward rounding is a constant for autograd.
 struct Replace : torch::autograd::Function<Replace> {
   static Tensor forward(torch::autograd::AutogradContext*, const Tensor&, const Tensor& value) { return value.clone(); }
@@ -136,7 +158,7 @@ Walk::Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep
   sums_ = at::zeros({3, index_.count()}, options);
   value_ = at::zeros({index_.count()}, options);
   value_magnitude_ = at::zeros({index_.count()}, options);
-  underflow_ = at::zeros({}, options);
+  underflow_ = at::zeros({context_.batch()}, options);
 }
 
 bool Walk::stops(int64_t i) const {
@@ -331,7 +353,7 @@ Rows Walk::merge(int64_t i) {
 
 // ---- constants ---------------------------------------------------------------------------------------------------
 
-// Adds rows . bias and |rows| . charge; both [n].
+// Adds rows . bias and |rows| . charge; bias [n], charge [B, n].
 void Walk::constants(int64_t i, const Rows& rows, const Tensor& bias, const Tensor& charge) {
   if (!bias.defined() && !charge.defined()) return;
   const Node& node = context_.program().node(i);
@@ -352,7 +374,7 @@ void Walk::constants(int64_t i, const Rows& rows, const Tensor& bias, const Tens
                        sums_.narrow(0, 2, 1)});
     }
     if (charge.defined()) {
-      Tensor error = pick(charge);
+      Tensor error = charge.index({index_.sample, rows.element.clamp_min(0)}).to(at::kDouble);
       if (factor.defined()) error = error * factor.detach().abs();
       error = error.masked_fill(outside, 0);
       sums_ = at::cat({sums_.narrow(0, 0, 2), (sums_.select(0, 2) + error).unsqueeze(0)});
@@ -366,11 +388,13 @@ void Walk::constants(int64_t i, const Rows& rows, const Tensor& bias, const Tens
     sums_ = sums_ + sums;
     return;
   }
-  // the same constant with gradient: the value comes from the kernel
-  const Rows mine = dense(i, own(i, rows));
-  const Tensor value = mine.data.flatten(1).to(at::kDouble).matmul(bias.to(at::kDouble));
-  const Tensor exact = Replace::apply(value, sums.select(0, 0));
-  sums_ = sums_ + at::cat({exact.unsqueeze(0), sums.narrow(0, 1, 2)});
+  // per channel where the bias repeats over the pixels: `bias` is then an expanded view of [C]
+  Rows mine = own(i, rows);
+  const bool image = node.image() && (node.op == Op::Conv || node.op == Op::BatchNorm);
+  if (!image) mine = dense(i, std::move(mine));
+  const Tensor of_channels = image ? bias.view({node.shape[0], -1}).select(1, 0) : bias;
+  const Tensor value = DotFunction::apply(mine.data, of_channels, sums.select(0, 0));
+  sums_ = sums_ + at::cat({value.unsqueeze(0), sums.narrow(0, 1, 2)});
 }
 
 // Coefficients lost to underflow: at most `terms` smallest normal numbers each, times the largest values of node i.
@@ -378,7 +402,7 @@ void Walk::underflow(int64_t i, double terms) {
   if (!context_.sound() || !enabled(Term::Underflow)) return;
   at::NoGradGuard no_grad;
   const double tiny = context_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
-  underflow_ = underflow_ + context_.absolute(i).sum(at::kDouble) * (tiny * (terms + 2) * (1 + 1e-6));
+  underflow_ = underflow_ + context_.absolute(i).sum(1, false, at::kDouble) * (tiny * (terms + 2) * (1 + 1e-6));
 }
 
 // ---- steps -------------------------------------------------------------------------------------------------------
@@ -644,7 +668,7 @@ WalkResult Walk::finish() {
       // Sums of `terms_` doubles: gamma_N(2^-53) of the magnitudes; charges are inflated for their own roundings.
       const double of_sums = enabled(Term::BacksubConstant) ? gamma(terms_ + 64, at::kDouble) : 0;
       const double lost = enabled(Term::Underflow) ? (terms_ + 64) * 0x1p-1021 : 0;  // products of doubles
-      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + (underflow_ + lost);
+      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + (underflow_.index_select(0, index_.sample) + lost);
       error = constant_error + value_magnitude_ * of_sums;
     }
   }

@@ -74,7 +74,7 @@ class Context {
   void propagate(int64_t last);               // interval (and refined) bounds of nodes 0..last
   Box interval_step(int64_t i);               // of one node from those of its inputs
   const Box& box(int64_t i) const { return boxes_[size_t(i)]; }
-  Tensor absolute(int64_t i);                 // [n]: largest |value| over the batch
+  Tensor absolute(int64_t i);                 // [B, n]: largest |value|
   Tensor scale_of(const Node& node) const;    // factor of MulConst, DivConst, BatchNorm: [1], [C] or [n]
   Tensor term_of(const Node& node) const;     // what AddConst or BatchNorm adds
   Tensor magnitude_of(const Node& node) const;
@@ -91,7 +91,7 @@ class Context {
   const Lines& lines(int64_t activation);      // of an elementwise activation
   const Lines& relu_lines(int64_t value);      // of relu at a value (max2, min2)
   const PoolLines& pool_lines(int64_t pool);
-  Tensor charge(int64_t i);                    // [n]: error of a back-substitution step through affine node i
+  Tensor charge(int64_t i);                    // [B, n]: error of a back-substitution step through affine node i
   Tensor relax_charge(int64_t i, bool with_node);
 
   const Program& program() const { return program_; }

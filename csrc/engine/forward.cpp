@@ -322,7 +322,7 @@ Tensor Context::absolute(int64_t i) {
   if (fresh) {
     at::NoGradGuard no_grad;
     const auto& [lower, upper] = box(i);
-    found->second = at::maximum(lower.detach().abs().amax(0), upper.detach().abs().amax(0)).reshape({-1});
+    found->second = at::maximum(lower.detach().abs(), upper.detach().abs()).reshape({batch_, -1});
   }
   return found->second;
 }

@@ -95,21 +95,23 @@ const PoolLines& Context::pool_lines(int64_t pool) {
 }
 
 // |W| a_max + |b|, rounded up, times the roundings of the step: gamma_{m+2} of ours (m terms, one of them the slope),
-// gamma_{n+2} of the network's own sum.
+// gamma_{n+2} of the network's own sum, n its terms that are not zero for certain.
 Tensor Context::affine_charge(const Node& node, int64_t i) {
   PrecisionGuard guard;
   const Tensor w = weight(node).abs(), size = absolute(node.inputs[0]), b = bias(node);
-  Tensor reach;
+  Tensor reach, live;
   double ours = 0, terms = 0;
   if (node.op == Op::Linear) {
     const int64_t pre = program_.node(node.inputs[0]).numel / w.size(1);
-    reach = pre == 1 ? at::mv(w, size) : size.view({pre, -1}).matmul(w.t());
+    const Tensor rows = size.reshape({batch_ * pre, w.size(1)});
+    reach = mm_blocked(rows, w.t());
     if (b.defined()) reach = reach + b.abs();
     ours = double(blocked_chain(w.size(0)));
     terms = double(w.size(1));
+    live = rows.ne(0).sum(1, true, at::kDouble);
   } else {
     const Node& input = program_.node(node.inputs[0]);
-    reach = direct_conv2d(size.view({1, input.shape[0], input.shape[1], input.shape[2]}), w, node.conv);
+    reach = direct_conv2d(size.reshape({batch_, input.shape[0], input.shape[1], input.shape[2]}), w, node.conv);
     if (b.defined()) reach = reach + b.abs().view({1, -1, 1, 1});
     const int64_t taps = w.size(2) * w.size(3), groups = node.conv.groups;
     const int64_t out = node.conv.transposed ? w.size(1) : w.size(0) / groups;
@@ -117,9 +119,16 @@ Tensor Context::affine_charge(const Node& node, int64_t i) {
     ours = double(out * taps);
     terms = double(in * taps);
   }
+  const double up = (1 + 2 * own_gamma(terms + 6)) * (1 + 1e-6);
   double factor = enabled(Term::BacksubOwn) ? own_gamma(ours + 4) : 0;
-  if (deployed() && enabled(Term::BacksubDeployed)) factor += own_gamma(terms + 2 + double(extra_terms(i)));
-  return reach.reshape({-1}) * (factor * (1 + 2 * own_gamma(terms + 6)) * (1 + 1e-6));
+  if (!deployed() || !enabled(Term::BacksubDeployed)) return (reach * (factor * up)).reshape({batch_, -1});
+  const double extra = 2 + double(extra_terms(i));
+  own_gamma(terms + extra);  // refuses chains that are too long
+  if (!live.defined()) return (reach * ((factor + own_gamma(terms + extra)) * up)).reshape({batch_, -1});
+  const double u = dtype_ == at::kFloat ? 0x1p-24 : 0x1p-53;
+  const Tensor chain = (live + extra) * u;
+  const Tensor factors = ((chain / (1 - chain) + factor) * (up * (1 + 1e-6))).to(dtype_);
+  return (reach * factors).reshape({batch_, -1});
 }
 
 Tensor Context::charge(int64_t i) {
@@ -158,7 +167,7 @@ Tensor Context::charge(int64_t i) {
       break;
     case Op::Sum: {
       const int64_t terms = program_.node(node.inputs[0]).shape.back();
-      e = absolute(node.inputs[0]).view({-1, terms}).sum(-1) *
+      e = absolute(node.inputs[0]).view({batch_, -1, terms}).sum(-1) *
           (roundings(4, double(terms) + 2) * (1 + 1e-3) / std::abs(node.divisor));
       break;
     }
@@ -166,16 +175,16 @@ Tensor Context::charge(int64_t i) {
       const Node& input = program_.node(node.inputs[0]);
       const double taps = double(node.kernel[0] * node.kernel[1]);
       const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
-      const Tensor mean = at::avg_pool2d(absolute(node.inputs[0]).view({1, input.shape[0], input.shape[1], input.shape[2]}),
+      const Tensor mean = at::avg_pool2d(absolute(node.inputs[0]).view({batch_, input.shape[0], input.shape[1], input.shape[2]}),
                                          node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
                                          node.count_include_pad, divisor);
-      e = mean.reshape({-1}) * (roundings(taps + 4, taps + 2) * (1 + 1e-3));
+      e = mean.reshape({batch_, -1}) * (roundings(taps + 4, taps + 2) * (1 + 1e-3));
       break;
     }
     case Op::MaxPool: {  // up to K overlapping windows add up at one element, after one product
       const double taps = double(node.pool_index.size(1));
-      const Tensor all = absolute(node.inputs[0]).index_select(0, node.pool_index.clamp_min(0).flatten());
-      e = all.view({node.numel, -1}).masked_fill(node.pool_index.lt(0), 0).sum(-1) *
+      const Tensor all = absolute(node.inputs[0]).index_select(1, node.pool_index.clamp_min(0).flatten());
+      e = all.view({batch_, node.numel, -1}).masked_fill(node.pool_index.lt(0), 0).sum(-1) *
           (roundings(taps + 4, 0) * (1 + 1e-3));
       break;
     }

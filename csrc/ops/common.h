@@ -13,7 +13,7 @@
 
 namespace pycert {
 
-// How far a result is to be trusted, see DESIGN section 4: none, the real-arithmetic network, or also every execution
+// How far a result is to be trusted, see docs/soundness.md: none, the real-arithmetic network, or also every execution
 // of the network in its own floating point.
 enum class Soundness : int64_t { None = 0, Real = 1, Deployed = 2 };
 

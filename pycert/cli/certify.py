@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -17,13 +18,12 @@ from pycert import _C, _flags, attacks, plot
 from pycert._progress import progress_bar
 from pycert.cli import environment, inputs, records, report
 from pycert.cli.inputs import CommandError
-from pycert.options import METHODS, SOUNDNESS
+from pycert.options import METHODS, SOUNDNESS, memory_bytes
 
 EPILOG = """
 examples:
   pycert certify mynets:small --weights small.pt --data test.npz --scale 255 --eps 2/255 8/255 --clip 0 1
-  pycert certify nets.py:make --data test.npz --eps 0.1 --method ibp crown-ibp crown --attack --report
-  page.html
+  pycert certify nets.py:make --data test.npz --eps 0.1 --method ibp crown --attack --report page.html
 
 Run the same command again to go on after an interruption: finished samples are read from --out.
 MODULE:FUNCTION runs code. FILE.npz and FILE.pt are read without running any.
@@ -40,6 +40,12 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inputs.add_network_options(parser)
+    _add_bound_options(parser)
+    _add_output_options(parser)
+
+
+def _add_bound_options(parser: argparse.ArgumentParser) -> None:
+    """What is to be proved, and how."""
     region = parser.add_argument_group("region: every input within eps of a sample")
     region.add_argument(
         "--eps", type=inputs.number, nargs="+", required=True, help="radii in the units of x, as 8/255"
@@ -67,6 +73,9 @@ def add_parser(subparsers: Any) -> None:
     bounds.add_argument("--attack-steps", type=int, default=40, metavar="N", help="default 40")
     bounds.add_argument("--attack-restarts", type=int, default=3, metavar="N", help="default 3")
 
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    """How it is computed, and what is written."""
     computing = parser.add_argument_group("computing")
     computing.add_argument(
         "--batch-size", type=int, default=100, metavar="N", help="samples at once (default 100)"
@@ -124,17 +133,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Everything that can be known to be wrong before the first sample."""
     for name, least in (("batch_size", 1), ("attack_steps", 1), ("attack_restarts", 1), ("threads", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not args.no_plot and importlib.util.find_spec("matplotlib") is None:
+        if args.plot is not None:
+            raise CommandError("--plot needs matplotlib: pip install matplotlib")
+        print("no plot: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        args.no_plot = True
+    for path in (args.plot, args.report):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    memory_bytes(args.memory)  # a wrong size is an error before anything is written
     if any(eps < 0 or eps == float("inf") for eps in args.eps):
         raise CommandError(f"--eps must be finite and not negative, got {args.eps}")
     if args.p not in (1, 2, float("inf")):
         raise CommandError(f"--p must be 1, 2 or inf, got {args.p:g}")
     if args.clip is not None and not args.clip[0] < args.clip[1]:
         raise CommandError(f"--clip LO HI needs LO < HI, got {args.clip}")
-    if args.device != "cpu" and not torch.device(args.device).type == "cpu" and not _C.has_cuda():
+    try:
+        device = torch.device(args.device)
+    except RuntimeError as error:
+        raise CommandError(f"--device must be cpu or cuda, got {args.device!r}") from error
+    if device.type != "cpu" and not _C.has_cuda():
         raise CommandError(
             f"--device {args.device}: this build of pycert has no CUDA support; see pycert doctor"
         )

@@ -92,17 +92,31 @@ def scalar(value: Any) -> float | None:
     return float(first) if value.numel() == 1 or bool((value == first).all()) else None
 
 
-def reads_parameter(source: Any) -> bool:
-    """Whether a source, or anything in nested arguments, depends on a parameter."""
-    if isinstance(source, Slot):
-        return isinstance(source.owner._parameters.get(source.name), Tensor)
-    if isinstance(source, Expression):
-        return reads_parameter((source.args, source.kwargs))
-    if isinstance(source, Constant):
-        return source.tensor.requires_grad
-    if isinstance(source, dict):
-        source = tuple(source.values())
-    return isinstance(source, (tuple, list)) and any(reads_parameter(item) for item in source)
+def leaves(source: Source) -> Iterator[Slot | Constant]:
+    """The slots and constants that a source is computed from, shared expressions visited once."""
+    waiting: list[Any] = [source]
+    seen: set[int] = set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (Slot, Constant)):
+            yield item
+        elif isinstance(item, Expression) and id(item) not in seen:
+            seen.add(id(item))
+            waiting.extend((item.args, item.kwargs))
+        elif isinstance(item, (tuple, list)):
+            waiting.extend(item)
+        elif isinstance(item, dict):
+            waiting.extend(item.values())
+
+
+def reads_parameter(source: Source) -> bool:
+    """Whether a source depends on a parameter."""
+    return any(
+        leaf.tensor.requires_grad
+        if isinstance(leaf, Constant)
+        else isinstance(leaf.owner._parameters.get(leaf.name), Tensor)
+        for leaf in leaves(source)
+    )
 
 
 def widens(value: Tensor, cast: Any) -> bool:

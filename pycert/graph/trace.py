@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from pycert.graph import (  # noqa: F401 - they register the lowerings
     reduction,
 )
 from pycert.graph.builder import prune
-from pycert.graph.ir import Constant, Expression, Graph, Node, Slot
+from pycert.graph.ir import Constant, Expression, Graph, Node, Slot, Source
+from pycert.graph.live import leaves
 from pycert.graph.modules import Shadows, unwrap
 from pycert.graph.tracer import Traced, Tracer
 
@@ -172,13 +172,13 @@ def _same_attrs(first: dict[str, Any], second: dict[str, Any]) -> bool:
     )
 
 
-def _same_source(first: Any, second: Any) -> bool:
+def _same_source(first: Source, second: Source) -> bool:
     """Expressions may hold the batch size, as ``expand(x.size(0), -1)`` does; their values must agree."""
     if isinstance(first, Slot) and isinstance(second, Slot):
         return first.owner is second.owner and first.name == second.name
     if not isinstance(first, (Constant, Expression)) or type(first) is not type(second):
         return False
-    if {id(tensor) for tensor in _outside(first)} != {id(tensor) for tensor in _outside(second)}:
+    if _outside(first) != _outside(second):
         hint = "use the parameter itself: a copy would be frozen into the trace"
         raise UnsupportedOperator("", "a Parameter made or copied in the forward", hint)
     with torch.no_grad():
@@ -186,13 +186,8 @@ def _same_source(first: Any, second: Any) -> bool:
     return a is b or (a.shape == b.shape and (a.is_meta or torch.equal(a, b)))
 
 
-def _outside(source: Any) -> Iterator[Tensor]:
-    """Tensors that require gradients and that no module owns; the same in two traces, or made in the forward."""
-    if isinstance(source, Constant):
-        if source.tensor.requires_grad:
-            yield source.tensor
-    elif isinstance(source, Expression):
-        yield from _outside((source.args, tuple(source.kwargs.values())))
-    elif isinstance(source, (tuple, list)):
-        for item in source:
-            yield from _outside(item)
+def _outside(source: Source) -> set[int]:
+    """The tensors with gradient that no module owns, by id: the same in two traces, or made in the forward."""
+    return {
+        id(leaf.tensor) for leaf in leaves(source) if isinstance(leaf, Constant) and leaf.tensor.requires_grad
+    }
