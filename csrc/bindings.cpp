@@ -31,16 +31,31 @@ using engine::Spec;
 namespace {
 
 const std::unordered_map<std::string, Op>& op_names() {
-  static const std::unordered_map<std::string, Op> names = {
-      {"input", Op::Input},       {"constant", Op::Constant},     {"linear", Op::Linear},
-      {"conv", Op::Conv},         {"batch_norm", Op::BatchNorm},  {"mul_const", Op::MulConst},
-      {"div_const", Op::DivConst}, {"add_const", Op::AddConst},   {"add", Op::Add},
-      {"sum", Op::Sum},           {"avg_pool", Op::AvgPool},      {"max_pool", Op::MaxPool},
-      {"max2", Op::Max2},         {"min2", Op::Min2},             {"reshape", Op::Reshape},
-      {"gather", Op::Gather},     {"concat", Op::Concat},         {"relu", Op::Relu},
-      {"abs", Op::Abs},           {"sigmoid", Op::Sigmoid},       {"tanh", Op::Tanh},
-      {"leaky_relu", Op::LeakyRelu}, {"prelu", Op::PRelu},        {"clamp", Op::Clamp},
-      {"custom", Op::Custom}};
+  static const std::unordered_map<std::string, Op> names = {{"input", Op::Input},
+                                                            {"constant", Op::Constant},
+                                                            {"linear", Op::Linear},
+                                                            {"conv", Op::Conv},
+                                                            {"batch_norm", Op::BatchNorm},
+                                                            {"mul_const", Op::MulConst},
+                                                            {"div_const", Op::DivConst},
+                                                            {"add_const", Op::AddConst},
+                                                            {"add", Op::Add},
+                                                            {"sum", Op::Sum},
+                                                            {"avg_pool", Op::AvgPool},
+                                                            {"max_pool", Op::MaxPool},
+                                                            {"max2", Op::Max2},
+                                                            {"min2", Op::Min2},
+                                                            {"reshape", Op::Reshape},
+                                                            {"gather", Op::Gather},
+                                                            {"concat", Op::Concat},
+                                                            {"relu", Op::Relu},
+                                                            {"abs", Op::Abs},
+                                                            {"sigmoid", Op::Sigmoid},
+                                                            {"tanh", Op::Tanh},
+                                                            {"leaky_relu", Op::LeakyRelu},
+                                                            {"prelu", Op::PRelu},
+                                                            {"clamp", Op::Clamp},
+                                                            {"custom", Op::Custom}};
   return names;
 }
 
@@ -103,7 +118,7 @@ std::function<void()> signal_check() {
 }
 
 using RegionTuple = std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>, int64_t,
-                               bool>;  // lower, upper, centre, eps, p, clipped
+                               bool>;                                          // lower, upper, centre, eps, p, clipped
 using SpecTuple = std::tuple<at::Tensor, std::optional<at::Tensor>, int64_t>;  // rows, source, count
 
 struct Call {
@@ -142,9 +157,9 @@ py::tuple bound(const Program& program, std::vector<at::Tensor> params, const st
     Context context(program, std::move(call.params), std::move(call.regions), std::move(call.options));
     result = context.bound(call.spec);
   }
-  return py::make_tuple(optional_tensor(result.lower), optional_tensor(result.upper),
-                        optional_tensors(result.A_lower), optional_tensor(result.c_lower),
-                        optional_tensors(result.A_upper), optional_tensor(result.c_upper));
+  return py::make_tuple(optional_tensor(result.lower), optional_tensor(result.upper), optional_tensors(result.A_lower),
+                        optional_tensor(result.c_lower), optional_tensors(result.A_upper),
+                        optional_tensor(result.c_upper));
 }
 
 std::vector<std::tuple<int64_t, at::Tensor, at::Tensor>> layer_bounds(const Program& program,

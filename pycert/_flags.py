@@ -10,7 +10,9 @@ _warned: set[tuple[str, ...]] = set()
 def nnpack_enabled() -> bool:
     """Whether float32 convolutions may take NNPACK's Winograd or FFT algorithms."""
     # torch offers no public reader for this flag.
-    return torch.backends.nnpack.is_available() and bool(getattr(torch._C, "_get_nnpack_enabled", lambda: True)())
+    return torch.backends.nnpack.is_available() and bool(
+        getattr(torch._C, "_get_nnpack_enabled", lambda: True)()
+    )
 
 
 def uncovered(device: str, dtype: torch.dtype, convolves: bool) -> tuple[str, ...]:

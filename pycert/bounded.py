@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pycert import _C, _flags, activations
 from pycert.graph import Graph, trace
-from pycert.options import METHODS, SIDES, SOUNDNESS, Options, memory_bytes, parse
 from pycert.ops.relaxation import SLOPES
+from pycert.options import METHODS, SIDES, SOUNDNESS, Options, memory_bytes, parse
 from pycert.regions import Box, LpBall, Region
 
 #: Numbers of the engine's methods; fastlin is crown with parallel slopes.
@@ -81,7 +82,7 @@ class BoundedModule(nn.Module):
         >>> lower, upper = bm.bound(pycert.LpBall(torch.zeros(1, 2), eps=0.1), method="crown")
     """
 
-    def __init__(self, net: nn.Module, example: Union[Tensor, tuple[Tensor, ...]]) -> None:
+    def __init__(self, net: nn.Module, example: Tensor | tuple[Tensor, ...]) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -91,7 +92,14 @@ class BoundedModule(nn.Module):
 
     def _prepare(self) -> None:
         nodes = [
-            {"op": n.op, "inputs": n.inputs, "shape": n.shape, "params": n.params, "attrs": n.attrs, "path": n.path}
+            {
+                "op": n.op,
+                "inputs": n.inputs,
+                "shape": n.shape,
+                "params": n.params,
+                "attrs": n.attrs,
+                "path": n.path,
+            }
             for n in self.graph.nodes
         ]
         self._program = _C.Program(nodes, self.graph.output)
@@ -117,7 +125,7 @@ class BoundedModule(nn.Module):
 
     def bound(
         self,
-        region: Union[Region, tuple[Region, ...]],
+        region: Region | tuple[Region, ...],
         method: str = "crown",
         *,
         spec: Tensor | None = None,
@@ -174,12 +182,14 @@ class BoundedModule(nn.Module):
         native = self._native(method, parsed, return_linear)
         lower, upper, A_lower, c_lower, A_upper, c_upper = self._program.bound(tensors, regions, native, rows)
         for value in (lower, upper):
-            if value is not None and not torch.isfinite(value.detach()).all():
+            if value is not None and not math.isfinite(value.detach().sum().item()):
                 self._diagnose(tensors)
         linear = None
         if return_linear:
             shape = (regions[0][0].shape[0], c_lower.shape[1] if c_lower is not None else c_upper.shape[1])
-            linear = LinearBounds(self._shaped(A_lower, shape), c_lower, self._shaped(A_upper, shape), c_upper)
+            linear = LinearBounds(
+                self._shaped(A_lower, shape), c_lower, self._shaped(A_upper, shape), c_upper
+            )
         excludes = self._excludes(parsed.soundness, regions[0][0])
         return Bounds(lower, upper, linear, parsed.soundness, excludes)
 
@@ -193,7 +203,7 @@ class BoundedModule(nn.Module):
         return shaped[0] if len(shaped) == 1 else shaped
 
     def layer_bounds(
-        self, region: Union[Region, tuple[Region, ...]], method: str = "crown", **options: Any
+        self, region: Region | tuple[Region, ...], method: str = "crown", **options: Any
     ) -> dict[str, Bounds]:
         """Bounds on every pre-activation: what each activation, pool or maximum reads.
 
@@ -205,7 +215,9 @@ class BoundedModule(nn.Module):
         """
         parsed = parse(method, options, ("method",))
         if method == "forward":
-            raise ValueError("layer_bounds: method 'forward' is not supported; use 'ibp', 'crown-ibp' or 'crown'")
+            raise ValueError(
+                "layer_bounds: method 'forward' is not supported; use 'ibp', 'crown-ibp' or 'crown'"
+            )
         regions, _ = self._regions(region)
         found = self._program.layer_bounds(self._tensors(), regions, self._native(method, parsed, False))
         excludes = self._excludes(parsed.soundness, regions[0][0])
@@ -216,7 +228,7 @@ class BoundedModule(nn.Module):
 
     def estimate(
         self,
-        region: Union[Region, tuple[Region, ...]],
+        region: Region | tuple[Region, ...],
         method: str = "crown",
         *,
         spec: Tensor | None = None,
@@ -231,7 +243,9 @@ class BoundedModule(nn.Module):
         parsed = parse(method, options, ("method", "spec"))
         regions, batch = self._regions(region)
         rows = None if spec is None else self._spec(spec, batch, regions[0][0])
-        size, flops = self._program.estimate(self._tensors(), regions, self._native(method, parsed, False), rows)
+        size, flops = self._program.estimate(
+            self._tensors(), regions, self._native(method, parsed, False), rows
+        )
         return Cost(int(size), flops)
 
     # ---- arguments ----------------------------------------------------------------------------------
@@ -262,7 +276,7 @@ class BoundedModule(nn.Module):
                 self._options[key] = native
         return native
 
-    def _regions(self, region: Union[Region, tuple[Region, ...]]) -> tuple[list[Any], int]:
+    def _regions(self, region: Region | tuple[Region, ...]) -> tuple[list[Any], int]:
         given = region if isinstance(region, (tuple, list)) else (region,)
         wanted = self.graph.inputs
         if len(given) != len(wanted):
@@ -294,7 +308,11 @@ class BoundedModule(nn.Module):
                 f"spec must have the dtype and device of the region ({like.dtype}, {like.device}), "
                 f"got {spec.dtype}, {spec.device}"
             )
-        if spec.dim() not in (2, 3) or spec.shape[-1] != count or (spec.dim() == 3 and spec.shape[0] != batch):
+        if (
+            spec.dim() not in (2, 3)
+            or spec.shape[-1] != count
+            or (spec.dim() == 3 and spec.shape[0] != batch)
+        ):
             raise ValueError(
                 f"spec must have shape [S, {count}] or [{batch}, S, {count}], got {list(spec.shape)}"
             )
@@ -350,7 +368,7 @@ class BoundedModule(nn.Module):
 
 def margins(
     bm: BoundedModule,
-    region: Union[Region, tuple[Region, ...]],
+    region: Region | tuple[Region, ...],
     y: Tensor,
     method: str = "crown-ibp",
     **options: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def certify(
     bm: BoundedModule,
     x: Tensor,
     y: Tensor,
-    eps: Union[float, Tensor],
+    eps: float | Tensor,
     p: float = math.inf,
     method: str = "crown",
     clip: tuple[float, float] | None = None,

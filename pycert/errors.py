@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class UnsupportedOperator(NotImplementedError):  # noqa: N818 - public name, fixed
+class UnsupportedOperator(NotImplementedError):
     """A layer or function that cannot be bounded; names its path, its type and the nearest supported form."""
 
     def __init__(self, path: str, kind: str, hint: str = "") -> None:

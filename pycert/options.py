@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from typing import Any, Union
+from typing import Any
 
 from pycert.ops.relaxation import SLOPES
 
@@ -28,7 +28,7 @@ class Options:
     intersect: bool = True
     soundness: str = "deployed"
     precision: str = "exact"
-    memory: Union[str, int, None] = None
+    memory: str | int | None = None
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Options))
@@ -70,7 +70,7 @@ def parse(method: str, given: dict[str, Any], also: tuple[str, ...] = ()) -> Opt
     return options
 
 
-def memory_bytes(memory: Union[str, int, None]) -> int:
+def memory_bytes(memory: str | int | None) -> int:
     """Bytes of a ``memory=`` option: a number, or text such as ``"2GiB"``; by default a quarter of what is free."""
     if memory is None:
         return max(2**26, _free_bytes() // 4)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pycert import _C  # noqa: F401 - registers torch.ops.pycert
 
 
-def _check_values(name: str, value: Tensor, *, infinite: bool = False) -> None:
+def _check_values(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
     if value.dim() < 1 or value.shape[0] == 0:
         raise ValueError(f"{name} must have a batch of at least 1, got shape {tuple(value.shape)}")
-    with torch.no_grad():
-        bad = torch.isnan(value) if infinite else ~torch.isfinite(value)
+    values = value.detach()
+    if not math.isfinite(values.sum().item()):  # cheap; large finite values may overflow it
+        bad = ~torch.isfinite(values)
         if bool(bad.any()):
-            raise ValueError(f"{name} must be finite, got {value[bad][0].item()} among its values")
+            raise ValueError(f"{name} must be finite, got {values[bad][0].item()} among its values")
 
 
 class LpBall:
@@ -75,10 +77,10 @@ class LpBall:
             return value
         if not (math.isfinite(eps) and eps >= 0):
             raise ValueError(f"eps must be finite and at least 0, got {eps}")
-        rounded = torch.tensor(eps, dtype=x.dtype, device=x.device)
-        if rounded.item() < eps:
-            rounded = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
-        return rounded.expand(x.shape[0])
+        radius = float(eps)
+        if x.dtype == torch.float32 and float(np.float32(radius)) < radius:
+            radius = float(np.nextafter(np.float32(radius), np.float32(math.inf)))
+        return x.new_full((x.shape[0],), radius)
 
     @staticmethod
     def _check_clip(clip: tuple[float, float] | None) -> tuple[float, float]:

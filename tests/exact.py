@@ -137,7 +137,9 @@ class ExactNetwork:
         if node.op == "mul_const":
             return self._constant(node), np.array([Fraction(0)] * size, dtype=object)
         if node.op == "div_const":
-            return np.array([dyadic(1 / v) for v in self._constant(node)], dtype=object), np.array([Fraction(0)] * size, dtype=object)
+            return np.array([dyadic(1 / v) for v in self._constant(node)], dtype=object), np.array(
+                [Fraction(0)] * size, dtype=object
+            )
         weight, bias, mean, var = (self._parameter(node, i) for i in range(4))
         roots = [Fraction(to_decimal(v + Fraction(node.attrs["eps"])).sqrt()) for v in var]
         scale = np.array([dyadic(1 / root) for root in roots], dtype=object)
@@ -170,7 +172,9 @@ class ExactNetwork:
         if node.op != "max_pool":
             choose = np.maximum if node.op == "max2" else np.minimum
             low, high = (choose(a, b) for a, b in zip(*inputs[:2]))
-            return (low, low) if inputs[0][0] is inputs[0][1] and inputs[1][0] is inputs[1][1] else (low, high)
+            return (
+                (low, low) if inputs[0][0] is inputs[0][1] and inputs[1][0] is inputs[1][1] else (low, high)
+            )
         index = windows(node, self.graph.nodes[node.inputs[0]].shape).numpy()
         low, high = inputs[0]
         ends = {id(end): end for end in (low, high)}

@@ -91,7 +91,7 @@ class Judge:
         return (spec.double().abs() @ each[..., None]).squeeze(-1)
 
 
-ORDERS = ("forward", "backward", "shuffled", "rising", "falling", "positive first", "fused")
+ORDERS = ("forward", "backward", "shuffled", "rising", "falling", "positive first", "fused", "folded")
 
 
 def ordered_sums(products: np.ndarray, order: str, seed: int = 0) -> np.ndarray:
@@ -138,6 +138,12 @@ class Executor:
             for number, node in enumerate(graph.nodes[: graph.output + 1])
             if node.op in ("linear", "conv")
         }
+        readers = [i for node in graph.nodes for i in node.inputs]
+        self.folded = {  # linear or conv node -> the batch_norm that alone reads it
+            node.inputs[0]: number
+            for number, node in enumerate(graph.nodes[: graph.output + 1])
+            if node.op == "batch_norm" and node.inputs[0] in self.matrices and readers.count(node.inputs[0]) == 1
+        }
 
     def run(self, x: Tensor, order: str) -> Tensor:
         """Outputs ``[B, *out]`` at ``x [B, *in]``."""
@@ -151,6 +157,8 @@ class Executor:
                 results.append(value.expand(len(x), *node.shape))
             elif number in self.matrices:
                 results.append(self._product(number, inputs[0], order))
+            elif order == "folded" and number in self.folded.values():
+                results.append(inputs[0])
             elif node.op == "batch_norm":
                 results.append(_batch_norm(node, self.slots, inputs[0], order))
             else:
@@ -163,8 +171,24 @@ class Executor:
         if bias is not None:
             each = bias.reshape(-1, *[1] * (len(node.shape) - 1)) if node.op == "conv" else bias
             bias = each.expand(node.shape).flatten().numpy()
-        value = ordered_product(self.matrices[number], x.flatten(1).numpy(), bias, order)
+        matrix = self.matrices[number]
+        if order == "folded" and number in self.folded:
+            scale, shift = (t.numpy() for t in self._fold(self.folded[number]))
+            matrix = matrix * scale[:, None]
+            bias = shift if bias is None else bias * scale + shift
+        value = ordered_product(matrix, x.flatten(1).numpy(), bias, order)
         return torch.from_numpy(value).reshape(-1, *node.shape)
+
+
+    def _fold(self, number: int) -> tuple[Tensor, Tensor]:
+        """Scale and shift of a batch_norm for every element of its value."""
+        node = self.graph.nodes[number]
+        zero = torch.zeros(1, *node.shape)
+        shift = _batch_norm(node, self.slots, zero, "forward")
+        weight, _, _, var = (execution.parameter(node, self.slots, i) for i in range(4))
+        scale = 1 / (var + node.attrs["eps"]).sqrt() * (1 if weight is None else weight)
+        each = scale.reshape(-1, *[1] * (len(node.shape) - 1)).expand(node.shape)
+        return each.flatten(), shift.flatten()
 
 
 def _batch_norm(node: Node, slots: list[Tensor], x: Tensor, order: str) -> Tensor:

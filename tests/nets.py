@@ -172,7 +172,13 @@ def batch_norm_conv(g):
 @network
 def batch_norm_linear(g):
     return nn.Sequential(
-        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 5),
+        nn.ReLU(),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 3),
     ), (6,)
 
 
@@ -321,7 +327,7 @@ def prelu_channels(g):
 
 # Regions.
 
-REGIONS: dict[str, Callable[[torch.Generator, Tensor], "pycert.LpBall | pycert.Box"]] = {}
+REGIONS: dict[str, Callable[[torch.Generator, Tensor], pycert.LpBall | pycert.Box]] = {}
 
 
 def region(build):
@@ -341,7 +347,9 @@ def linf(g, x):
 
 @region
 def linf_per_sample_clipped(g, x):
-    return pycert.LpBall(x.clamp(0, 1), eps=_random_like(g, x[(...,) + (0,) * (x.dim() - 1)]), p=math.inf, clip=(0, 1))
+    return pycert.LpBall(
+        x.clamp(0, 1), eps=_random_like(g, x[(...,) + (0,) * (x.dim() - 1)]), p=math.inf, clip=(0, 1)
+    )
 
 
 @region
@@ -351,7 +359,9 @@ def l2(g, x):
 
 @region
 def l2_per_sample_clipped(g, x):
-    return pycert.LpBall(x.clamp(0, 1), eps=_random_like(g, x[(...,) + (0,) * (x.dim() - 1)]), p=2, clip=(0, 1))
+    return pycert.LpBall(
+        x.clamp(0, 1), eps=_random_like(g, x[(...,) + (0,) * (x.dim() - 1)]), p=2, clip=(0, 1)
+    )
 
 
 @region

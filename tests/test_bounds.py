@@ -15,7 +15,9 @@ from pycert.reference import bounds as reference
 METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
 F64 = torch.float64
 # Lines around curved activations may be chosen differently; they have tests of their own.
-CURVED = {name for name in nets.BUILDERS if any(k in name for k in ("sigmoid", "tanh", "prelu_channels", "one_dim"))}
+CURVED = {
+    name for name in nets.BUILDERS if any(k in name for k in ("sigmoid", "tanh", "prelu_channels", "one_dim"))
+}
 PIECEWISE_LINEAR = [name for name in nets.BUILDERS if name not in CURVED]
 
 
@@ -65,7 +67,9 @@ def test_bounds_equal_the_reference(name, method, intersect):
 
 @pytest.mark.parametrize("intersect", [False, True], ids=["plain", "intersect"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["mlp_relu", "conv_plain", "residual", "pools", "batch_norm_linear", "affine_only"])
+@pytest.mark.parametrize(
+    "name", ["mlp_relu", "conv_plain", "residual", "pools", "batch_norm_linear", "affine_only"]
+)
 def test_spec_rows_equal_the_reference(name, method, intersect):
     _, bm, graph, x = setup(name)
     outputs = graph.numel(graph.output)
@@ -147,7 +151,9 @@ def test_gradients_equal_the_reference(name, method):
         theirs = gradients((weights[0] * lower + weights[1] * upper).sum(), inputs)
         for mine, other in zip(ours, theirs):
             size = float(other.abs().amax()) if other.numel() else 0.0
-            torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-8 * (1 + size), msg=lambda m, p=p: f"p={p}: {m}")
+            torch.testing.assert_close(
+                mine, other, rtol=1e-7, atol=1e-8 * (1 + size), msg=lambda m, p=p: f"p={p}: {m}"
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,7 +200,9 @@ def test_batch_norm_in_training_uses_the_clean_batch():
         theirs = gradients((lower + 2 * upper).sum(), inputs)
         for mine, other in zip(ours, theirs):
             torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-7)
-    assert all(torch.equal(a, b) for a, b in zip(running, net.buffers())), "bounds must not move running statistics"
+    assert all(torch.equal(a, b) for a, b in zip(running, net.buffers())), (
+        "bounds must not move running statistics"
+    )
 
 
 def test_two_inputs_are_bounded_like_their_concatenation():
@@ -214,7 +222,10 @@ def test_two_inputs_are_bounded_like_their_concatenation():
     two = pycert.BoundedModule(Two(), (x[:, :2], x[:, 2:]))
     for constant in (False, True):
         width = torch.tensor([0.1, 0.1, *([0.0] * 3 if constant else [0.1] * 3)], dtype=F64)
-        parts = (pycert.Box(x[:, :2] - width[:2], x[:, :2] + width[:2]), pycert.Box(x[:, 2:] - width[2:], x[:, 2:] + width[2:]))
+        parts = (
+            pycert.Box(x[:, :2] - width[:2], x[:, :2] + width[:2]),
+            pycert.Box(x[:, 2:] - width[2:], x[:, 2:] + width[2:]),
+        )
         for method in METHODS:
             with torch.no_grad():
                 whole = one.bound(pycert.Box(x - width, x + width), method=method, soundness="none")
@@ -228,7 +239,10 @@ def test_strided_inputs_give_the_same_bounds():
     for method in METHODS:
         with torch.no_grad():
             dense = bm.bound(pycert.Box(x - 0.1, x + 0.1), method=method)
-            found = bm.bound(pycert.Box(strided - 0.1, (strided + 0.1).transpose(2, 3).clone().transpose(2, 3)), method=method)
+            found = bm.bound(
+                pycert.Box(strided - 0.1, (strided + 0.1).transpose(2, 3).clone().transpose(2, 3)),
+                method=method,
+            )
         assert torch.equal(found.lower, dense.lower) and torch.equal(found.upper, dense.upper)
 
 
@@ -295,7 +309,8 @@ def test_sound_bounds_enclose_the_plain_ones_and_barely(method):
         where = regions(x)["linf"]
         with torch.no_grad():
             none, real, deployed = (
-                bm.bound(where, method=method, soundness=s, intersect=False) for s in ("none", "real", "deployed")
+                bm.bound(where, method=method, soundness=s, intersect=False)
+                for s in ("none", "real", "deployed")
             )
         width = (none.upper - none.lower).sum()
         assert (real.upper - real.lower).sum() - width <= 1e-9 * width

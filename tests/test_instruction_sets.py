@@ -22,12 +22,16 @@ def run(isa: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "isa", ["portable", *(pytest.param(isa, marks=pytest.mark.slow) for isa in ("avx2", "avx512"))]
+)
 def test_soundness_under_every_instruction_set(isa):
     if isa == _C.isa():
         pytest.skip("every other test runs under this one")
     chosen = run(isa, "-c", "import pycert._C as c; print(c.isa())")
-    if chosen.returncode != 0 and ("does not have it" in chosen.stderr or "portable kernels only" in chosen.stderr):
+    if chosen.returncode != 0 and (
+        "does not have it" in chosen.stderr or "portable kernels only" in chosen.stderr
+    ):
         pytest.skip(f"this processor or build has no {isa}")
     assert chosen.stdout.strip() == isa, chosen.stderr
     tests = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_soundness.py", "-k", CHOSEN)

@@ -39,8 +39,14 @@ def images(*shape: int) -> torch.Tensor:
 
 
 CONVOLUTIONS = {
-    "dilation in the second": lambda: (nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=2, dilation=2)),
-    "dilation in the first": lambda: (nn.Conv2d(2, 4, 3, padding=2, dilation=2), nn.Conv2d(4, 4, 3, padding=1)),
+    "dilation in the second": lambda: (
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+    ),
+    "dilation in the first": lambda: (
+        nn.Conv2d(2, 4, 3, padding=2, dilation=2),
+        nn.Conv2d(4, 4, 3, padding=1),
+    ),
     "groups in the first": lambda: (nn.Conv2d(2, 4, 3, groups=2), nn.Conv2d(4, 4, 3)),
     "groups in the second": lambda: (nn.Conv2d(2, 4, 3), nn.Conv2d(4, 6, 3, groups=2)),
     "depthwise second": lambda: (nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, padding=1, groups=4)),
@@ -89,8 +95,15 @@ def test_first_convolution_under_l1_and_l2_is_exact_at_the_border(p):
     x = images(1, 4, 5)
     eps = torch.tensor([0.1, 0.7], dtype=torch.float64)
     with torch.no_grad():
-        bounds = pycert.BoundedModule(conv, x).bound(pycert.LpBall(x, eps=eps, p=p), method="ibp", soundness="none")
-        shifts = torch.stack([conv(unit) - conv(torch.zeros_like(unit)) for unit in torch.eye(20).double().reshape(20, 1, 1, 4, 5)])
+        bounds = pycert.BoundedModule(conv, x).bound(
+            pycert.LpBall(x, eps=eps, p=p), method="ibp", soundness="none"
+        )
+        shifts = torch.stack(
+            [
+                conv(unit) - conv(torch.zeros_like(unit))
+                for unit in torch.eye(20).double().reshape(20, 1, 1, 4, 5)
+            ]
+        )
         dual = torch.linalg.vector_norm(shifts[:, 0], 2 if p == 2 else math.inf, dim=0)
         expected = conv(x) - eps.reshape(2, 1, 1, 1) * dual
     torch.testing.assert_close(bounds.lower, expected, rtol=1e-10, atol=1e-12)
@@ -104,7 +117,9 @@ def test_radius_zero_holds_the_real_output():
     x = torch.rand(64, 100)
     bm = pycert.BoundedModule(net, x)
     with torch.no_grad():
-        found = [bm.bound(pycert.LpBall(x, eps=0.0, p=p), method=m) for p in (1, 2, math.inf) for m in METHODS]
+        found = [
+            bm.bound(pycert.LpBall(x, eps=0.0, p=p), method=m) for p in (1, 2, math.inf) for m in METHODS
+        ]
         exact = net.double()(x.double())
     for bounds in found:
         assert (bounds.lower.double() <= exact).all()

@@ -119,7 +119,9 @@ def test_linear_bounds_and_spec_hold_at_every_point(name, method):
 
 
 @pytest.mark.parametrize("method", METHODS[:-1])
-@pytest.mark.parametrize("name", ["conv_plain", "residual", "max_min", "pools", "mlp_sigmoid", "batch_norm_conv"])
+@pytest.mark.parametrize(
+    "name", ["conv_plain", "residual", "max_min", "pools", "mlp_sigmoid", "batch_norm_conv"]
+)
 def test_layer_bounds_hold_at_every_point(name, method):
     trial = Trial(name, "linf", seed=0)
     modules = dict(trial.net.named_modules())
@@ -169,7 +171,9 @@ def test_permuted_units_stay_inside(method):
         for seed in range(20):
             torch.manual_seed(seed)
             features, units = torch.randperm(300), torch.randperm(200)
-            hidden = torch.relu(torch.nn.functional.linear(x[:, features], first.weight[:, features], first.bias))
+            hidden = torch.relu(
+                torch.nn.functional.linear(x[:, features], first.weight[:, features], first.bias)
+            )
             y = torch.nn.functional.linear(hidden[:, units], second.weight[:, units], second.bias)
             assert (bounds.lower <= y).all() and (y <= bounds.upper).all()
 

@@ -51,8 +51,9 @@ def example(term: str, idle: tuple[str, ...] = ()):
 
 
 def bound(net: nn.Module, where, method: str, soundness: str) -> pycert.Bounds:
+    bm = pycert.BoundedModule(net, where_center(where)[:1])
     with torch.no_grad():
-        return pycert.BoundedModule(net, where_center(where)[:1]).bound(where, method=method, soundness=soundness)
+        return bm.bound(where, method=method, soundness=soundness, intersect=False)
 
 
 def where_center(where) -> Tensor:
@@ -129,6 +130,15 @@ def products_flushed_to_zero() -> bool:
     return outside(bound(net, point(x), "ibp", "deployed"), executed)
 
 
+@example("underflow")
+def coefficients_lost_in_back_substitution() -> bool:
+    """2^-100 times 2^-100 is nothing in float32, and 2^-100 of an input of 2^100."""
+    small = torch.full((1, 1), 2.0**-100)
+    net = nn.Sequential(linear(small), nn.ReLU(), linear(small))
+    x = torch.full((1, 1), 2.0**100)
+    return outside(bound(net, point(x), "crown-ibp", "real"), exactly(net, x))
+
+
 @example("radius_product")
 def dust_lost_by_the_radius() -> bool:
     """The first element of each strand is 1, all further ones are lost, whatever the strand's stride."""
@@ -186,7 +196,9 @@ def dust_lost_under_back_substitution() -> bool:
     x = one_and_dust(512)
     net = nn.Sequential(linear(torch.ones(1, 512)), nn.ReLU(), linear(torch.ones(1, 1)))
     executed = ordered_product(net[0].weight.detach().numpy(), x.numpy(), None, "forward")
-    return outside(bound(net, point(x), "crown-ibp", "deployed"), rational(torch.from_numpy(executed)).flatten())
+    return outside(
+        bound(net, point(x), "crown-ibp", "deployed"), rational(torch.from_numpy(executed)).flatten()
+    )
 
 
 @example("backsub_constant", idle=("backsub_own", "backsub_deployed"))

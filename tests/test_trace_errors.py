@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trace import Apply, parameter
 from torch import Tensor, nn
 
 import pycert.nn
 from pycert.errors import UnsupportedOperator
 from pycert.graph import trace
+from test_trace import Apply, parameter
 
 
 def refused(net: nn.Module, *shape: int, match: str) -> UnsupportedOperator:

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from test_trace import Apply, Block, parameter, prepared, resnet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -20,6 +19,7 @@ import pycert.nn
 from pycert.errors import UnsupportedOperator
 from pycert.graph import trace
 from pycert.reference.graph import evaluate
+from test_trace import Apply, Block, parameter, prepared, resnet
 
 
 class Tied(nn.Module):

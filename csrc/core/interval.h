@@ -21,7 +21,7 @@ inline constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
 // An upper bound of the real number behind `x` >= 0 that at most six roundings to nearest led to.
 template <typename T>
 PYCERT_HD inline T inflate(T x) {
-  return x * (T(1) + 16 * kUnit<T>) + kTiny<T>;
+  return x * (T(1) + 16 * kUnit<T>)+kTiny<T>;
 }
 
 // Upper bound of x >= 0 in T, with room for 1e-6 / 2^-53 roundings of the double sum behind it.
@@ -91,7 +91,7 @@ PYCERT_HD inline void add_box(T a_lower, T a_upper, T b_lower, T b_upper, T kapp
     return;
   }
   const T size = std::abs(low) > std::abs(high) ? std::abs(low) : std::abs(high);
-  const T slack = size == T(0) ? T(0) : inflate(kappa * size);  // a sum that rounds to zero is zero
+  const T slack = size == T(0) ? T(0) : inflate(kappa * size);         // a sum that rounds to zero is zero
   lower = low - slack >= -kInfinity<T> ? low - slack : -kInfinity<T>;  // NaN fails the comparison
   upper = high + slack <= kInfinity<T> ? high + slack : kInfinity<T>;
 }

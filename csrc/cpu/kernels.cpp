@@ -11,10 +11,10 @@
 
 namespace pycert::cpu {
 
-#define PYCERT_DECLARE_ISA(name)             \
-  namespace name {                           \
-  const Kernels<float>& float_kernels();     \
-  const Kernels<double>& double_kernels();   \
+#define PYCERT_DECLARE_ISA(name)           \
+  namespace name {                         \
+  const Kernels<float>& float_kernels();   \
+  const Kernels<double>& double_kernels(); \
   }
 PYCERT_DECLARE_ISA(portable)
 #ifdef PYCERT_X86_DISPATCH

@@ -28,14 +28,14 @@ struct PrepareArgs {
 // [c - r, c + r] from the two products, widened; in place: centre becomes lower, radius becomes upper.
 template <typename T>
 struct EnclosureArgs {
-  T* centre;              // [B, C, inner] in: W m, out: lower
-  T* radius;              // [B, C, inner] in: |W| rho', out: upper
-  const T* bias;          // [C] or null
-  const double* sums;     // [B] or null
+  T* centre;           // [B, C, inner] in: W m, out: lower
+  T* radius;           // [B, C, inner] in: |W| rho', out: upper
+  const T* bias;       // [C] or null
+  const double* sums;  // [B] or null
   int64_t batch, channels, inner;
-  T bias_charge;          // g + h
-  T radius_inflation;     // 1 / (1 - gamma_rad), rounded up
-  double underflow_fixed; // tau = underflow_fixed + underflow_scale * sums[b]
+  T bias_charge;           // g + h
+  T radius_inflation;      // 1 / (1 - gamma_rad), rounded up
+  double underflow_fixed;  // tau = underflow_fixed + underflow_scale * sums[b]
   double underflow_scale;
   bool sound;
 };
@@ -134,8 +134,8 @@ struct ConcretizeArgs {
   Window window;
   Extent extent;
   const T *lower, *upper;  // [B, n]: box; or
-  const T *centre;         // [B, n]: ball
-  const T *eps;            // [B]
+  const T* centre;         // [B, n]: ball
+  const T* eps;            // [B]
   int norm;                // 0: box, 1, 2: ball with that p
   double* value;           // [Q]
   double* magnitude;       // [Q] sum of |terms|, or null
@@ -165,7 +165,7 @@ struct RelaxBackwardArgs {
   const int64_t* order;   // [Q]: rows sorted by sample
   const int64_t* starts;  // [B + 1] into order
   const T *lower_slope, *upper_slope, *lower_intercept, *upper_intercept;
-  T* grad_rows;                                                                         // [Q, window]
+  T* grad_rows;                                                                          // [Q, window]
   T *grad_lower_slope, *grad_upper_slope, *grad_lower_intercept, *grad_upper_intercept;  // [B, n], added to
 };
 

@@ -19,9 +19,7 @@ namespace pycert::engine {
 
 namespace {
 
-bool same_grid(const Window& a, const Window& b) {
-  return a.stride_y == b.stride_y && a.stride_x == b.stride_x;
-}
+bool same_grid(const Window& a, const Window& b) { return a.stride_y == b.stride_y && a.stride_x == b.stride_x; }
 
 // The smallest window that covers both; they move with the same stride.
 Window cover(const Window& a, const Window& b) {
@@ -59,10 +57,10 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
     PrecisionGuard guard;
     const auto s = ctx->get_saved_variables();
     const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
-    auto [x, w, unused] = at::convolution_backward(
-        grads[0], s[0], s[1], {}, ints("stride"), ints("padding"), ints("dilation"),
-        ctx->saved_data["transposed"].toBool(), ints("output_padding"), ctx->saved_data["groups"].toInt(),
-        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});
+    auto [x, w, unused] = at::convolution_backward(grads[0], s[0], s[1], {}, ints("stride"), ints("padding"),
+                                                   ints("dilation"), ctx->saved_data["transposed"].toBool(),
+                                                   ints("output_padding"), ctx->saved_data["groups"].toInt(),
+                                                   {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});
     return {x, w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -187,10 +185,13 @@ void Walk::step(int64_t i, Rows rows) {
   const bool done = rows.charged;
   rows.charged = false;
   switch (node.op) {
-    case Op::Linear: case Op::Conv:
+    case Op::Linear:
+    case Op::Conv:
       if (!done) constants(i, rows, spread(node, context_.bias(node)), context_.charge(i));
       return node.op == Op::Linear ? linear(i, std::move(rows)) : conv(i, std::move(rows));
-    case Op::BatchNorm: case Op::MulConst: case Op::DivConst:
+    case Op::BatchNorm:
+    case Op::MulConst:
+    case Op::DivConst:
       return scale(i, std::move(rows));
     case Op::AddConst:
       constants(i, rows, spread(node, context_.term_of(node)), context_.charge(i));
@@ -237,7 +238,8 @@ void Walk::step(int64_t i, Rows rows) {
       return average(i, std::move(rows));
     case Op::MaxPool:
       return pool(i, std::move(rows));
-    case Op::Max2: case Op::Min2: {  // max(a, b) = b + relu(a - b), min(a, b) = a - relu(a - b)
+    case Op::Max2:
+    case Op::Min2: {  // max(a, b) = b + relu(a - b), min(a, b) = a - relu(a - b)
       rows = written(i, std::move(rows));
       Rows difference = rows;
       if (node.op == Op::Min2) difference.data = -difference.data;
@@ -286,8 +288,8 @@ Rows Walk::written(int64_t i, Rows rows) {
   }
   // an element of -1 stands for a constant: its row is empty
   values = values.masked_fill(rows.element.lt(0).unsqueeze(1), 0);
-  out.data = at::zeros({index_.count(), node.numel}, options)
-                 .scatter(1, rows.element.clamp_min(0).unsqueeze(1), values);
+  out.data =
+      at::zeros({index_.count(), node.numel}, options).scatter(1, rows.element.clamp_min(0).unsqueeze(1), values);
   return out;
 }
 
@@ -335,8 +337,8 @@ Rows Walk::merge(int64_t i) {
   for (const Rows& part : parts) {
     const bool ready = equal(part.window, target) && !part.source.source.defined() &&
                        part.source.negative_from >= index_.count() && part.inside;
-    const Tensor data = ready ? part.data
-                              : relayout_rows(part.data, part.source, index_, part.window, target, node.extent());
+    const Tensor data =
+        ready ? part.data : relayout_rows(part.data, part.source, index_, part.window, target, node.extent());
     out.data = out.data.defined() ? out.data + data.reshape(out.data.sizes()) : data;
   }
   if (context_.sound() && enabled(Term::BacksubOwn)) {
@@ -370,8 +372,8 @@ void Walk::constants(int64_t i, const Rows& rows, const Tensor& bias, const Tens
       const int64_t negative = rows.source.negative_from;
       if (negative < index_.count())
         term = at::cat({term.narrow(0, 0, negative), -term.narrow(0, negative, index_.count() - negative)});
-      sums_ = at::cat({(sums_.select(0, 0) + term).unsqueeze(0), (sums_.select(0, 1) + term.detach().abs()).unsqueeze(0),
-                       sums_.narrow(0, 2, 1)});
+      sums_ = at::cat({(sums_.select(0, 0) + term).unsqueeze(0),
+                       (sums_.select(0, 1) + term.detach().abs()).unsqueeze(0), sums_.narrow(0, 2, 1)});
     }
     if (charge.defined()) {
       Tensor error = charge.index({index_.sample, rows.element.clamp_min(0)}).to(at::kDouble);
@@ -409,8 +411,8 @@ void Walk::underflow(int64_t i, double terms) {
 
 void Walk::relax(int64_t input, const Lines& lines, Rows rows) {
   const Node& node = context_.program().node(input);
-  const bool grad = any_needs_grad(rows.data, lines.lower_slope, lines.lower_intercept, lines.upper_slope,
-                                   lines.upper_intercept);
+  const bool grad =
+      any_needs_grad(rows.data, lines.lower_slope, lines.lower_intercept, lines.upper_slope, lines.upper_intercept);
   if (grad) rows = own(input, std::move(rows));
   // The affine node that feeds the activation alone is charged in the same pass over the rows.
   const bool fuse = (node.op == Op::Linear || node.op == Op::Conv) && node.consumers.size() == 1 && !stops(input) &&
@@ -518,8 +520,8 @@ void Walk::scale(int64_t i, Rows rows) {
   constants(i, rows, term, context_.charge(i));
   underflow(node.inputs[0], 1);
   if (rows.unit()) {
-    const bool matches = !rows.scale.defined() || rows.scale.numel() == factor.numel() || rows.scale.numel() == 1 ||
-                         factor.numel() == 1;
+    const bool matches =
+        !rows.scale.defined() || rows.scale.numel() == factor.numel() || rows.scale.numel() == 1 || factor.numel() == 1;
     if (!rows.scale.defined())
       rows.scale = factor;
     else
@@ -590,8 +592,8 @@ void Walk::average(int64_t i, Rows rows) {
   underflow(node.inputs[0], double(node.kernel[0] * node.kernel[1]));
   rows = dense(i, written(i, std::move(rows)));
   const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
-  const Tensor shape = at::zeros({1}, image.options())
-                           .expand({image.size(0), input.shape[0], input.shape[1], input.shape[2]});
+  const Tensor shape =
+      at::zeros({1}, image.options()).expand({image.size(0), input.shape[0], input.shape[1], input.shape[2]});
   const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
   rows.data = at::avg_pool2d_backward(image, shape, node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
                                       node.count_include_pad, divisor);
@@ -606,8 +608,7 @@ void Walk::pool(int64_t i, Rows rows) {
   rows = own(i, dense(i, std::move(rows)));
   const Tensor flat = rows.data.flatten(1), positive = flat.clamp_min(0), negative = flat.clamp_max(0);
   const auto of_rows = [&](const Tensor& t) { return t.index_select(0, index_.sample); };
-  const Tensor parts =
-      positive.unsqueeze(-1) * of_rows(lines.lower) + negative.unsqueeze(-1) * of_rows(lines.upper);
+  const Tensor parts = positive.unsqueeze(-1) * of_rows(lines.lower) + negative.unsqueeze(-1) * of_rows(lines.upper);
   // 0 * inf of an unbounded ceiling counts as nothing
   const Tensor ceiling = of_rows(lines.constant);
   const Tensor term = at::where(negative.eq(0), 0.0, negative * ceiling).to(at::kDouble);
@@ -620,8 +621,9 @@ void Walk::pool(int64_t i, Rows rows) {
   const int64_t in = context_.program().node(node.inputs[0]).numel;
   const Tensor kept = node.pool_index.flatten().ge(0).nonzero().flatten();
   Rows next;
-  next.data = at::zeros({flat.size(0), in}, flat.options())
-                  .index_add(1, node.pool_index.flatten().index_select(0, kept), parts.flatten(1).index_select(1, kept));
+  next.data =
+      at::zeros({flat.size(0), in}, flat.options())
+          .index_add(1, node.pool_index.flatten().index_select(0, kept), parts.flatten(1).index_select(1, kept));
   give(node.inputs[0], std::move(next));
 }
 
@@ -668,7 +670,8 @@ WalkResult Walk::finish() {
       // Sums of `terms_` doubles: gamma_N(2^-53) of the magnitudes; charges are inflated for their own roundings.
       const double of_sums = enabled(Term::BacksubConstant) ? gamma(terms_ + 64, at::kDouble) : 0;
       const double lost = enabled(Term::Underflow) ? (terms_ + 64) * 0x1p-1021 : 0;  // products of doubles
-      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + (underflow_.index_select(0, index_.sample) + lost);
+      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums +
+                       (underflow_.index_select(0, index_.sample) + lost);
       error = constant_error + value_magnitude_ * of_sums;
     }
   }

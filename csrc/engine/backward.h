@@ -11,19 +11,19 @@ struct Rows {
   Tensor data;       // [T, *shape or window]; undefined for unit rows
   RowSource source;  // which table row, and the sign
   Window window;
-  bool inside = true;  // windows: nothing outside the image is nonzero
+  bool inside = true;    // windows: nothing outside the image is nonzero
   bool charged = false;  // constants and error charges of this node are in already
-  Tensor element;    // unit rows: [Q] int64, element of the flattened value
-  Tensor scale;      // unit rows: [1], [C] or [n] factor; undefined: 1
+  Tensor element;        // unit rows: [Q] int64, element of the flattened value
+  Tensor scale;          // unit rows: [1], [C] or [n] factor; undefined: 1
   bool at_start = true;  // unit rows: `element` is still where the row started, so that positions hold
   bool unit() const { return !data.defined(); }
 };
 
 // What a walk gives for its rows.
 struct WalkResult {
-  Tensor lower;                  // [Q] lower bounds, outward
-  std::vector<Tensor> A;         // per input: [Q, n], with keep_linear
-  Tensor constant;               // [Q] lower constants that go with A, outward
+  Tensor lower;           // [Q] lower bounds, outward
+  std::vector<Tensor> A;  // per input: [Q, n], with keep_linear
+  Tensor constant;        // [Q] lower constants that go with A, outward
 };
 
 class Walk {
@@ -37,9 +37,9 @@ class Walk {
   void give(int64_t i, Rows rows) { pending_[size_t(i)].push_back(std::move(rows)); }
   Rows merge(int64_t i);
   bool stops(int64_t i) const;
-  Rows own(int64_t i, Rows rows);                // rows of their own, without source or sign
-  Rows written(int64_t i, Rows rows);            // unit rows written out
-  Rows dense(int64_t i, Rows rows);              // no window, no unit rows
+  Rows own(int64_t i, Rows rows);      // rows of their own, without source or sign
+  Rows written(int64_t i, Rows rows);  // unit rows written out
+  Rows dense(int64_t i, Rows rows);    // no window, no unit rows
   void constants(int64_t i, const Rows& rows, const Tensor& bias, const Tensor& charge);
   void underflow(int64_t i, double terms);
   void relax(int64_t input, const Lines& lines, Rows rows);  // through an activation of value `input`
@@ -58,8 +58,8 @@ class Walk {
   RowIndex index_;
   bool stop_at_activations_, keep_linear_;
   std::vector<std::vector<Rows>> pending_;
-  Tensor sums_;       // [3, Q] double: constant, magnitude, error
-  Tensor value_;      // [Q] double: concretised terms
+  Tensor sums_;   // [3, Q] double: constant, magnitude, error
+  Tensor value_;  // [Q] double: concretised terms
   Tensor value_magnitude_;
   double terms_ = 0;  // number of terms summed, for the error of the sums themselves
   Tensor underflow_;  // [] double

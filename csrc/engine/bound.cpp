@@ -32,7 +32,8 @@ void in_chunks(int64_t count, int64_t chunk, const F& f) {
       continue;
     } catch (const c10::Error& error) {
       const std::string what = error.what();
-      const bool memory = what.find("allocate memory") != std::string::npos || what.find("out of memory") != std::string::npos;
+      const bool memory =
+          what.find("allocate memory") != std::string::npos || what.find("out of memory") != std::string::npos;
       if (!memory || chunk == 1) throw;
       chunk /= 2;
       continue;
@@ -87,8 +88,13 @@ RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool sto
     if (s.here) {
       held -= size_of(to);
       const bool grid = !window.dense && !s.window.dense;
-      s.window = grid ? Window{false, std::max(window.height, s.window.height), std::max(window.width, s.window.width),
-                               window.stride_y, window.offset_y, window.stride_x, window.offset_x}
+      s.window = grid ? Window{false,
+                               std::max(window.height, s.window.height),
+                               std::max(window.width, s.window.width),
+                               window.stride_y,
+                               window.offset_y,
+                               window.stride_x,
+                               window.offset_x}
                       : Window();
       s.unit = false;
     } else {
@@ -132,16 +138,24 @@ RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool sto
         give(node.inputs[0], s.unit, s.window);
         give(node.inputs[1], s.unit, s.window);
         break;
-      case Op::BatchNorm: case Op::MulConst: case Op::DivConst: case Op::AddConst:
+      case Op::BatchNorm:
+      case Op::MulConst:
+      case Op::DivConst:
+      case Op::AddConst:
         give(node.inputs[0], s.unit, s.window);
         break;
-      case Op::Reshape: case Op::Gather:
+      case Op::Reshape:
+      case Op::Gather:
         give(node.inputs[0], s.unit, Window());
         break;
-      case Op::Concat: case Op::Sum: case Op::AvgPool: case Op::MaxPool:
+      case Op::Concat:
+      case Op::Sum:
+      case Op::AvgPool:
+      case Op::MaxPool:
         for (int64_t input : node.inputs) give(input, false, Window());
         break;
-      case Op::Max2: case Op::Min2:
+      case Op::Max2:
+      case Op::Min2:
         give(node.op == Op::Max2 ? node.inputs[1] : node.inputs[0], false, s.unit && node.image() ? pixel : s.window);
         give(node.inputs[2], false, s.unit && node.image() ? pixel : s.window);
         break;

@@ -13,8 +13,8 @@ enum class Side : int64_t { Both, Lower, Upper };
 // Lines of a user-defined activation and its image of a box, computed by the caller: (name, lower, upper, ...).
 using CustomLines = std::function<std::array<Tensor, 4>(const std::string&, const Tensor&, const Tensor&, int64_t slope,
                                                         bool deployed)>;
-using CustomInterval = std::function<std::array<Tensor, 2>(const std::string&, const Tensor&, const Tensor&,
-                                                           bool deployed)>;
+using CustomInterval =
+    std::function<std::array<Tensor, 2>(const std::string&, const Tensor&, const Tensor&, bool deployed)>;
 
 struct Options {
   Method method = Method::Ibp;
@@ -32,10 +32,10 @@ struct Options {
 
 // Inputs of the network: a box that encloses the region, and for p = 1, 2 the ball.
 struct InputRegion {
-  Tensor lower, upper;  // [B, *shape]
-  Tensor centre, eps;   // [B, *shape], [B]; undefined for boxes
-  int64_t p = 0;        // 0: a box (or an l_inf ball)
-  bool clipped = false; // the ball is cut by a box that [lower, upper] includes
+  Tensor lower, upper;   // [B, *shape]
+  Tensor centre, eps;    // [B, *shape], [B]; undefined for boxes
+  int64_t p = 0;         // 0: a box (or an l_inf ball)
+  bool clipped = false;  // the ball is cut by a box that [lower, upper] includes
 };
 
 struct Lines {
@@ -48,15 +48,15 @@ struct PoolLines {
 };
 
 struct BoundsResult {
-  Tensor lower, upper;                          // [B, S] or [B, *out]; undefined where not asked for
-  std::vector<Tensor> A_lower, A_upper;         // return_linear, one per input: [B, S, n]; undefined if unused
-  Tensor c_lower, c_upper;                      // [B, S]
+  Tensor lower, upper;                   // [B, S] or [B, *out]; undefined where not asked for
+  std::vector<Tensor> A_lower, A_upper;  // return_linear, one per input: [B, S, n]; undefined if unused
+  Tensor c_lower, c_upper;               // [B, S]
 };
 
 // How a row's start is given at the output.
 struct Spec {
-  Tensor rows;    // [T, n_out]
-  Tensor source;  // [B * S] int64: row of `rows` for (sample, spec); undefined: rows are [B * S, n_out]
+  Tensor rows;        // [T, n_out]
+  Tensor source;      // [B * S] int64: row of `rows` for (sample, spec); undefined: rows are [B * S, n_out]
   int64_t count = 0;  // S
 };
 
@@ -71,27 +71,27 @@ class Context {
   std::pair<double, double> estimate(const std::optional<Spec>& spec);  // peak bytes, FLOPs
 
   // forward.cpp
-  void propagate(int64_t last);               // interval (and refined) bounds of nodes 0..last
-  Box interval_step(int64_t i);               // of one node from those of its inputs
+  void propagate(int64_t last);  // interval (and refined) bounds of nodes 0..last
+  Box interval_step(int64_t i);  // of one node from those of its inputs
   const Box& box(int64_t i) const { return boxes_[size_t(i)]; }
-  Tensor absolute(int64_t i);                 // [B, n]: largest |value|
-  Tensor scale_of(const Node& node) const;    // factor of MulConst, DivConst, BatchNorm: [1], [C] or [n]
-  Tensor term_of(const Node& node) const;     // what AddConst or BatchNorm adds
+  Tensor absolute(int64_t i);               // [B, n]: largest |value|
+  Tensor scale_of(const Node& node) const;  // factor of MulConst, DivConst, BatchNorm: [1], [C] or [n]
+  Tensor term_of(const Node& node) const;   // what AddConst or BatchNorm adds
   Tensor magnitude_of(const Node& node) const;
   double own_gamma(double n) const { return gamma(n, dtype_); }
   bool sound() const { return options_.soundness != Soundness::None; }
   bool deployed() const { return options_.soundness == Soundness::Deployed; }
   bool grad() const { return grad_; }
-  int64_t extra_terms(int64_t i) const;       // 8 where a BatchNorm that may be folded in follows
-  Tensor weight(const Node& node) const;      // conv: 4-dimensional
+  int64_t extra_terms(int64_t i) const;   // 8 where a BatchNorm that may be folded in follows
+  Tensor weight(const Node& node) const;  // conv: 4-dimensional
   Tensor bias(const Node& node) const { return param(node, 1); }
   Tensor param(const Node& node, size_t i) const;
 
   // relax.cpp
-  const Lines& lines(int64_t activation);      // of an elementwise activation
-  const Lines& relu_lines(int64_t value);      // of relu at a value (max2, min2)
+  const Lines& lines(int64_t activation);  // of an elementwise activation
+  const Lines& relu_lines(int64_t value);  // of relu at a value (max2, min2)
   const PoolLines& pool_lines(int64_t pool);
-  Tensor charge(int64_t i);                    // [B, n]: error of a back-substitution step through affine node i
+  Tensor charge(int64_t i);  // [B, n]: error of a back-substitution step through affine node i
   Tensor relax_charge(int64_t i, bool with_node);
 
   const Program& program() const { return program_; }

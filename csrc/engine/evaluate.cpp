@@ -21,11 +21,12 @@ namespace {
 
 Tensor per_channel(const Tensor& t, const Tensor& value) {
   if (t.numel() == 1) return t;
-  if (t.numel() * value.size(0) == value.numel()) return t.view([&] {
-    auto shape = value.sizes().vec();
-    shape[0] = 1;
-    return shape;
-  }());
+  if (t.numel() * value.size(0) == value.numel())
+    return t.view([&] {
+      auto shape = value.sizes().vec();
+      shape[0] = 1;
+      return shape;
+    }());
   std::vector<int64_t> shape(size_t(value.dim()), 1);
   shape[1] = t.numel();
   return t.view(shape);
@@ -60,32 +61,54 @@ std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs
     std::vector<int64_t> shape{batch};
     shape.insert(shape.end(), node.shape.begin(), node.shape.end());
     switch (node.op) {
-      case Op::Input: values[i] = inputs[size_t(node.index)]; break;
-      case Op::Constant: values[i] = c.param(node, 0).expand(shape); break;
-      case Op::Linear: values[i] = at::linear(in(0), c.weight(node), optional_of(c.bias(node))); break;
-      case Op::Conv:
-        values[i] = at::convolution(in(0), c.weight(node), optional_of(c.bias(node)), node.conv.stride,
-                                    node.conv.padding, node.conv.dilation, node.conv.transposed,
-                                    node.conv.output_padding, node.conv.groups);
+      case Op::Input:
+        values[i] = inputs[size_t(node.index)];
         break;
-      case Op::BatchNorm: values[i] = normalise(c, node, in(0), statistics); break;
-      case Op::MulConst: case Op::DivConst: values[i] = in(0) * per_channel(c.scale_of(node), in(0)); break;
-      case Op::AddConst: values[i] = in(0) + per_channel(c.term_of(node), in(0)); break;
-      case Op::Add: values[i] = node.sign > 0 ? in(0) + in(1) : in(0) - in(1); break;
-      case Op::Sum: values[i] = in(0).sum(-1) / node.divisor; break;
+      case Op::Constant:
+        values[i] = c.param(node, 0).expand(shape);
+        break;
+      case Op::Linear:
+        values[i] = at::linear(in(0), c.weight(node), optional_of(c.bias(node)));
+        break;
+      case Op::Conv:
+        values[i] =
+            at::convolution(in(0), c.weight(node), optional_of(c.bias(node)), node.conv.stride, node.conv.padding,
+                            node.conv.dilation, node.conv.transposed, node.conv.output_padding, node.conv.groups);
+        break;
+      case Op::BatchNorm:
+        values[i] = normalise(c, node, in(0), statistics);
+        break;
+      case Op::MulConst:
+      case Op::DivConst:
+        values[i] = in(0) * per_channel(c.scale_of(node), in(0));
+        break;
+      case Op::AddConst:
+        values[i] = in(0) + per_channel(c.term_of(node), in(0));
+        break;
+      case Op::Add:
+        values[i] = node.sign > 0 ? in(0) + in(1) : in(0) - in(1);
+        break;
+      case Op::Sum:
+        values[i] = in(0).sum(-1) / node.divisor;
+        break;
       case Op::AvgPool:
-        values[i] = at::avg_pool2d(in(0), node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
-                                   node.count_include_pad,
-                                   node.divisor_override == 0 ? std::nullopt
-                                                              : std::optional<int64_t>(node.divisor_override));
+        values[i] = at::avg_pool2d(
+            in(0), node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode, node.count_include_pad,
+            node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override));
         break;
       case Op::MaxPool:
-        values[i] = at::max_pool2d(in(0), node.kernel, node.conv.stride, node.conv.padding, node.conv.dilation,
-                                   node.ceil_mode);
+        values[i] =
+            at::max_pool2d(in(0), node.kernel, node.conv.stride, node.conv.padding, node.conv.dilation, node.ceil_mode);
         break;
-      case Op::Max2: values[i] = at::maximum(in(0), in(1)); break;
-      case Op::Min2: values[i] = at::minimum(in(0), in(1)); break;
-      case Op::Reshape: values[i] = in(0).reshape(shape); break;
+      case Op::Max2:
+        values[i] = at::maximum(in(0), in(1));
+        break;
+      case Op::Min2:
+        values[i] = at::minimum(in(0), in(1));
+        break;
+      case Op::Reshape:
+        values[i] = in(0).reshape(shape);
+        break;
       case Op::Gather: {
         Tensor out = in(0).reshape({batch, -1}).index_select(1, node.gather_clamped);
         if (node.gather_outside.defined()) out = out.masked_fill(node.gather_outside, node.fill);
@@ -98,13 +121,27 @@ std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs
         values[i] = at::cat(parts, 1).view(shape);
         break;
       }
-      case Op::Relu: values[i] = at::relu(in(0)); break;
-      case Op::Abs: values[i] = in(0).abs(); break;
-      case Op::Sigmoid: values[i] = in(0).sigmoid(); break;
-      case Op::Tanh: values[i] = in(0).tanh(); break;
-      case Op::LeakyRelu: values[i] = at::leaky_relu(in(0), node.slope); break;
-      case Op::PRelu: values[i] = at::prelu(in(0), c.param(node, 0)); break;
-      case Op::Clamp: values[i] = at::clamp(in(0), node.minimum, node.maximum); break;
+      case Op::Relu:
+        values[i] = at::relu(in(0));
+        break;
+      case Op::Abs:
+        values[i] = in(0).abs();
+        break;
+      case Op::Sigmoid:
+        values[i] = in(0).sigmoid();
+        break;
+      case Op::Tanh:
+        values[i] = in(0).tanh();
+        break;
+      case Op::LeakyRelu:
+        values[i] = at::leaky_relu(in(0), node.slope);
+        break;
+      case Op::PRelu:
+        values[i] = at::prelu(in(0), c.param(node, 0));
+        break;
+      case Op::Clamp:
+        values[i] = at::clamp(in(0), node.minimum, node.maximum);
+        break;
       case Op::Custom: {  // a point's image is a box without width
         const auto image = c.options().custom_interval(node.name, in(0), in(0), false);
         values[i] = (image[0] + image[1]) / 2;

@@ -69,8 +69,8 @@ Tensor Context::param(const Node& node, size_t i) const {
   TORCH_CHECK_VALUE(p.device() == regions_[0].lower.device(), "bound: '", node.path, "' is on ", p.device(),
                     ", the region on ", regions_[0].lower.device());
   if (p.scalar_type() == dtype_) return p;
-  const bool elementwise = node.op == Op::MulConst || node.op == Op::DivConst || node.op == Op::AddConst ||
-                           node.op == Op::Constant;
+  const bool elementwise =
+      node.op == Op::MulConst || node.op == Op::DivConst || node.op == Op::AddConst || node.op == Op::Constant;
   TORCH_CHECK_TYPE(elementwise, "bound: '", node.path, "' has parameters of dtype ", p.scalar_type(),
                    ", the region has ", dtype_, "; convert one of them");
   return p.to(dtype_);
@@ -90,7 +90,8 @@ int64_t Context::extra_terms(int64_t i) const {
 // weight / sqrt(var + eps), relative error at most 4 roundings
 Tensor Context::scale_of(const Node& node) const {
   if (node.op == Op::BatchNorm) {
-    const Tensor variance = options_.training[size_t(node.module)] ? statistics_[size_t(node.module)][1] : param(node, 3);
+    const Tensor variance =
+        options_.training[size_t(node.module)] ? statistics_[size_t(node.module)][1] : param(node, 3);
     Tensor scale = at::rsqrt(variance + node.eps);
     const Tensor w = param(node, 0);
     return w.defined() ? scale * w : scale;
@@ -163,13 +164,20 @@ namespace {
 
 int64_t kind_of(Op op) {
   switch (op) {
-    case Op::LeakyRelu: return int64_t(Activation::LeakyRelu);
-    case Op::PRelu: return int64_t(Activation::PRelu);
-    case Op::Clamp: return int64_t(Activation::Clamp);
-    case Op::Sigmoid: return int64_t(Activation::Sigmoid);
-    case Op::Tanh: return int64_t(Activation::Tanh);
-    case Op::Abs: return int64_t(Activation::Abs);
-    default: return int64_t(Activation::Relu);
+    case Op::LeakyRelu:
+      return int64_t(Activation::LeakyRelu);
+    case Op::PRelu:
+      return int64_t(Activation::PRelu);
+    case Op::Clamp:
+      return int64_t(Activation::Clamp);
+    case Op::Sigmoid:
+      return int64_t(Activation::Sigmoid);
+    case Op::Tanh:
+      return int64_t(Activation::Tanh);
+    case Op::Abs:
+      return int64_t(Activation::Abs);
+    default:
+      return int64_t(Activation::Relu);
   }
 }
 
@@ -228,13 +236,15 @@ Box Context::interval_step(int64_t i) {
       const auto& [bl, bu] = box(node.inputs[1]);
       return interval_add(al, au, bl, bu, node.sign < 0, kappa(4, 1, *this), sound());
     }
-    case Op::Sum: case Op::AvgPool:
+    case Op::Sum:
+    case Op::AvgPool:
       return reduced(node, box(node.inputs[0]));
     case Op::MaxPool:
       return both([&](const Tensor& t) {
         return at::max_pool2d(t, node.kernel, node.conv.stride, node.conv.padding, node.conv.dilation, node.ceil_mode);
       });
-    case Op::Max2: case Op::Min2: {
+    case Op::Max2:
+    case Op::Min2: {
       const auto& [al, au] = box(node.inputs[0]);
       const auto& [bl, bu] = box(node.inputs[1]);
       if (node.op == Op::Max2) return {at::maximum(al, bl), at::maximum(au, bu)};
@@ -275,17 +285,25 @@ Tensor Context::unstable(int64_t i) const {
   for (int64_t c : program_.node(i).consumers) {
     const Node& consumer = program_.node(c);
     switch (consumer.op) {
-      case Op::Max2: case Op::Min2:
+      case Op::Max2:
+      case Op::Min2:
         if (consumer.inputs[2] != i) break;
         [[fallthrough]];
-      case Op::Relu: case Op::Abs: case Op::LeakyRelu: case Op::PRelu:
+      case Op::Relu:
+      case Op::Abs:
+      case Op::LeakyRelu:
+      case Op::PRelu:
         add(lower.lt(0).logical_and_(upper.gt(0)));
         break;
       case Op::Clamp:
-        add(lower.lt(consumer.minimum).logical_and_(upper.gt(consumer.minimum)).logical_or_(
-            lower.lt(consumer.maximum).logical_and_(upper.gt(consumer.maximum))));
+        add(lower.lt(consumer.minimum)
+                .logical_and_(upper.gt(consumer.minimum))
+                .logical_or_(lower.lt(consumer.maximum).logical_and_(upper.gt(consumer.maximum))));
         break;
-      case Op::Sigmoid: case Op::Tanh: case Op::Custom: case Op::MaxPool:
+      case Op::Sigmoid:
+      case Op::Tanh:
+      case Op::Custom:
+      case Op::MaxPool:
         add(lower.lt(upper));
         break;
       default:

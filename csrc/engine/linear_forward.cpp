@@ -65,7 +65,8 @@ Linear ForwardWalk::widened(Linear s, const Tensor& charge) {
   if (!c_.sound()) return s;
   at::NoGradGuard no_grad;
   const double tiny = c_.dtype() == at::kFloat ? 0x1p-120 : 0x1p-1016;
-  const Tensor constants = at::maximum(s.lower.select(1, count_).detach().abs(), s.upper.select(1, count_).detach().abs());
+  const Tensor constants =
+      at::maximum(s.lower.select(1, count_).detach().abs(), s.upper.select(1, count_).detach().abs());
   const Tensor slack = ((charge + constants * c_.own_gamma(2)) * (1 + 1e-5) + tiny).unsqueeze(1);
   at::AutoGradMode with_grad(c_.grad());
   const auto shifted = [&](const Tensor& t, const Tensor& by) {
@@ -111,7 +112,8 @@ Linear ForwardWalk::affine(int64_t i, const Node& node) {
 
 // factor and term: [B, n] or [n]
 Linear ForwardWalk::scaled(const Linear& s, const Tensor& factor, const Tensor& term) {
-  const Tensor f = factor.dim() == 2 ? factor.unsqueeze(1) : factor, positive = f.clamp_min(0), negative = f.clamp_max(0);
+  const Tensor f = factor.dim() == 2 ? factor.unsqueeze(1) : factor, positive = f.clamp_min(0),
+               negative = f.clamp_max(0);
   Linear out{s.lower * positive + s.upper * negative, s.upper * positive + s.lower * negative};
   if (!term.defined()) return out;
   return moved(out, [&](const Tensor& t) {
@@ -139,7 +141,8 @@ Linear ForwardWalk::pooled(const Linear& s, const PoolLines& lines, const Node& 
   };
   const Tensor low = windows(s.lower) * lines.lower.unsqueeze(1), high = windows(s.upper) * lines.upper.unsqueeze(1);
   Linear out{low.sum(-1), high.sum(-1)};
-  out.upper = at::cat({out.upper.narrow(1, 0, count_), out.upper.narrow(1, count_, 1) + lines.constant.unsqueeze(1)}, 1);
+  out.upper =
+      at::cat({out.upper.narrow(1, 0, count_), out.upper.narrow(1, count_, 1) + lines.constant.unsqueeze(1)}, 1);
   if (!c_.sound()) return out;
   at::NoGradGuard no_grad;
   const Tensor size = reach(s).index_select(1, index).view({c_.batch(), node.numel, taps});
@@ -166,10 +169,14 @@ void ForwardWalk::step(int64_t i) {
       out.lower = out.upper = unit.expand(rows());
       return;
     }
-    case Op::Linear: case Op::Conv:
+    case Op::Linear:
+    case Op::Conv:
       out = affine(i, node);
       return;
-    case Op::BatchNorm: case Op::MulConst: case Op::DivConst: case Op::AddConst: {
+    case Op::BatchNorm:
+    case Op::MulConst:
+    case Op::DivConst:
+    case Op::AddConst: {
       const bool shifts = node.op == Op::BatchNorm || node.op == Op::AddConst, scales = node.op != Op::AddConst;
       const Tensor factor = scales ? spread(c_.scale_of(node)) : at::ones({node.numel}, c_.tensor_options());
       const Tensor term = shifts ? spread(c_.term_of(node)) : Tensor();
@@ -193,14 +200,16 @@ void ForwardWalk::step(int64_t i) {
       out = widened(out, charge);
       return;
     }
-    case Op::Sum: case Op::AvgPool: {
+    case Op::Sum:
+    case Op::AvgPool: {
       const Node& input = c_.program().node(node.inputs[0]);
       const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
       const auto reduce = [&](const Tensor& t) -> Tensor {
         const int64_t count = t.numel() / input.numel;
         auto shape = t.sizes().vec();
         shape.back() = node.numel;
-        if (node.op == Op::Sum) return (t.reshape({count, -1, input.shape.back()}).sum(-1) / node.divisor).reshape(shape);
+        if (node.op == Op::Sum)
+          return (t.reshape({count, -1, input.shape.back()}).sum(-1) / node.divisor).reshape(shape);
         const Tensor image = t.reshape({count, input.shape[0], input.shape[1], input.shape[2]});
         return at::avg_pool2d(image, node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
                               node.count_include_pad, divisor)
@@ -240,7 +249,8 @@ void ForwardWalk::step(int64_t i) {
     case Op::MaxPool:
       out = pooled(in(node), c_.pool_lines(i), node);
       return;
-    case Op::Max2: case Op::Min2: {  // max(a, b) = b + relu(a - b), min(a, b) = a - relu(a - b)
+    case Op::Max2:
+    case Op::Min2: {  // max(a, b) = b + relu(a - b), min(a, b) = a - relu(a - b)
       const Linear part = relaxed(in(node, 2), c_.relu_lines(node.inputs[2]));
       const Linear& rest = node.op == Op::Max2 ? in(node, 1) : in(node, 0);
       out = node.op == Op::Max2 ? Linear{rest.lower + part.lower, rest.upper + part.upper}
@@ -285,8 +295,9 @@ Tensor ForwardWalk::lowest(const Tensor& rows) {
     magnitude = magnitude + value.select(0, 1).detach();
     first += inputs_[j];
   }
-  const Tensor charge = c_.sound() ? magnitude * gamma(double(count_) + 70, at::kDouble) + double(count_ + 70) * 0x1p-1021
-                                   : at::zeros_like(magnitude);
+  const Tensor charge = c_.sound()
+                            ? magnitude * gamma(double(count_) + 70, at::kDouble) + double(count_ + 70) * 0x1p-1021
+                            : at::zeros_like(magnitude);
   return lower_end(total, charge, c_.dtype()).view({batch, n});
 }
 

@@ -10,7 +10,13 @@ namespace pycert::engine {
 
 bool is_activation(Op op) {
   switch (op) {
-    case Op::Relu: case Op::Abs: case Op::Sigmoid: case Op::Tanh: case Op::LeakyRelu: case Op::PRelu: case Op::Clamp:
+    case Op::Relu:
+    case Op::Abs:
+    case Op::Sigmoid:
+    case Op::Tanh:
+    case Op::LeakyRelu:
+    case Op::PRelu:
+    case Op::Clamp:
     case Op::Custom:
       return true;
     default:
@@ -66,15 +72,15 @@ Program::Program(std::vector<Node> nodes, int64_t output) : nodes_(std::move(nod
 
 void Program::check(const Node& node, int64_t position) const {
   for (int64_t input : node.inputs)
-    TORCH_CHECK_VALUE(input >= 0 && input < position, "Program: node ", position, " ('", node.path,
-                      "') reads node ", input, ", which does not stand before it");
+    TORCH_CHECK_VALUE(input >= 0 && input < position, "Program: node ", position, " ('", node.path, "') reads node ",
+                      input, ", which does not stand before it");
   const size_t inputs = node.op == Op::Input || node.op == Op::Constant ? 0
                         : node.op == Op::Add                            ? 2
                         : node.op == Op::Max2 || node.op == Op::Min2    ? 3
                         : node.op == Op::Concat                         ? node.inputs.size()
                                                                         : 1;
-  TORCH_CHECK_VALUE(node.inputs.size() == inputs, "Program: node ", position, " ('", node.path, "') must have ",
-                    inputs, " inputs, got ", node.inputs.size());
+  TORCH_CHECK_VALUE(node.inputs.size() == inputs, "Program: node ", position, " ('", node.path, "') must have ", inputs,
+                    " inputs, got ", node.inputs.size());
 }
 
 void Program::derive(Node& node, int64_t position) {

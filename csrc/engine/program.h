@@ -19,8 +19,31 @@ namespace pycert::engine {
 using at::Tensor;
 
 enum class Op {
-  Input, Constant, Linear, Conv, BatchNorm, MulConst, DivConst, AddConst, Add, Sum, AvgPool, MaxPool, Max2, Min2,
-  Reshape, Gather, Concat, Relu, Abs, Sigmoid, Tanh, LeakyRelu, PRelu, Clamp, Custom
+  Input,
+  Constant,
+  Linear,
+  Conv,
+  BatchNorm,
+  MulConst,
+  DivConst,
+  AddConst,
+  Add,
+  Sum,
+  AvgPool,
+  MaxPool,
+  Max2,
+  Min2,
+  Reshape,
+  Gather,
+  Concat,
+  Relu,
+  Abs,
+  Sigmoid,
+  Tanh,
+  LeakyRelu,
+  PRelu,
+  Clamp,
+  Custom
 };
 
 struct Node {
@@ -42,11 +65,11 @@ struct Node {
   int64_t numel = 1;
   std::vector<int64_t> consumers;
   bool depends_on_input = false;
-  int64_t mixings = 0;        // affine layers that mix elements on the way from the input; large once non-affine
+  int64_t mixings = 0;          // affine layers that mix elements on the way from the input; large once non-affine
   bool interval_exact = false;  // the interval bound over a box is exact: at most one mixing layer, no activation
-  Tensor pool_index;          // MaxPool: [numel, K] positions in the flattened input, -1 for padding
+  Tensor pool_index;            // MaxPool: [numel, K] positions in the flattened input, -1 for padding
   Tensor gather_clamped, gather_outside;  // Gather: index with 0 for -1; mask of -1, undefined where there is none
-  int64_t multiplicity = 1;   // Gather: how often one element stands in the result at most
+  int64_t multiplicity = 1;               // Gather: how often one element stands in the result at most
 
   Extent extent() const;
   bool image() const { return shape.size() == 3; }

@@ -18,12 +18,18 @@ namespace {
 
 int64_t kind_of(Op op) {
   switch (op) {
-    case Op::LeakyRelu: return int64_t(Activation::LeakyRelu);
-    case Op::PRelu: return int64_t(Activation::PRelu);
-    case Op::Clamp: return int64_t(Activation::Clamp);
-    case Op::Sigmoid: return int64_t(Activation::Sigmoid);
-    case Op::Tanh: return int64_t(Activation::Tanh);
-    default: return int64_t(Activation::Abs);
+    case Op::LeakyRelu:
+      return int64_t(Activation::LeakyRelu);
+    case Op::PRelu:
+      return int64_t(Activation::PRelu);
+    case Op::Clamp:
+      return int64_t(Activation::Clamp);
+    case Op::Sigmoid:
+      return int64_t(Activation::Sigmoid);
+    case Op::Tanh:
+      return int64_t(Activation::Tanh);
+    default:
+      return int64_t(Activation::Abs);
   }
 }
 
@@ -62,8 +68,8 @@ const Lines& Context::lines(int64_t activation) {
 }
 
 // max(x) >= x_j with j the element of the greatest lower end, and with L = l_j
-// max(x) <= L + sum_k relu(x_k - L) <= x_j + sum_{k != j} s_k (x_k - l_k),  s_k = (u_k - L) / (u_k - l_k) where u_k > L;
-// or the constant max u, whichever is less at the centre of the box.
+// max(x) <= L + sum_k relu(x_k - L) <= x_j + sum_{k != j} s_k (x_k - l_k),  s_k = (u_k - L) / (u_k - l_k) where u_k >
+// L; or the constant max u, whichever is less at the centre of the box.
 const PoolLines& Context::pool_lines(int64_t pool) {
   auto [found, fresh] = pool_lines_.try_emplace(pool);
   if (!fresh) return found->second;
@@ -148,14 +154,16 @@ Tensor Context::charge(int64_t i) {
   };
   Tensor e;
   switch (node.op) {
-    case Op::Linear: case Op::Conv:
+    case Op::Linear:
+    case Op::Conv:
       e = affine_charge(node, i);
       break;
     case Op::BatchNorm:
       e = (absolute(node.inputs[0]) * spread(scale_of(node).detach().abs()) + spread(magnitude_of(node))) *
           (enabled(Term::BatchNorm) ? roundings(10, 10) : 0);
       break;
-    case Op::MulConst: case Op::DivConst:
+    case Op::MulConst:
+    case Op::DivConst:
       if (node.value.has_value() && std::abs(*node.value) == 1) break;
       e = absolute(node.inputs[0]) * spread(scale_of(node).detach().abs()) * roundings(5, 3);
       break;
@@ -175,9 +183,9 @@ Tensor Context::charge(int64_t i) {
       const Node& input = program_.node(node.inputs[0]);
       const double taps = double(node.kernel[0] * node.kernel[1]);
       const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
-      const Tensor mean = at::avg_pool2d(absolute(node.inputs[0]).view({batch_, input.shape[0], input.shape[1], input.shape[2]}),
-                                         node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
-                                         node.count_include_pad, divisor);
+      const Tensor mean = at::avg_pool2d(
+          absolute(node.inputs[0]).view({batch_, input.shape[0], input.shape[1], input.shape[2]}), node.kernel,
+          node.conv.stride, node.conv.padding, node.ceil_mode, node.count_include_pad, divisor);
       e = mean.reshape({batch_, -1}) * (roundings(taps + 4, taps + 2) * (1 + 1e-3));
       break;
     }

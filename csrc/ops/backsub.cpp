@@ -22,9 +22,7 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
-Ints encode(const Window& w) {
-  return {w.dense, w.height, w.width, w.stride_y, w.offset_y, w.stride_x, w.offset_x};
-}
+Ints encode(const Window& w) { return {w.dense, w.height, w.width, w.stride_y, w.offset_y, w.stride_x, w.offset_x}; }
 Ints encode(const Extent& e) { return {e.channels, e.height, e.width}; }
 
 Window window_of(IntArrayRef v) {
@@ -123,11 +121,9 @@ Tensor dot_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negativ
   Tensor sums = at::zeros({3, m.map.count}, r.options().dtype(at::kDouble));
   double* s = sums.data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "dot_rows", [&] {
-    cpu::DotArgs<scalar_t> a{r.const_data_ptr<scalar_t>(), m.map,
-                             w,                            e,
-                             pointer<scalar_t>(b),         pointer<scalar_t>(c),
-                             s,                            s + m.map.count,
-                             s + 2 * m.map.count};
+    cpu::DotArgs<scalar_t> a{
+        r.const_data_ptr<scalar_t>(), m.map, w, e, pointer<scalar_t>(b), pointer<scalar_t>(c), s, s + m.map.count,
+        s + 2 * m.map.count};
     cpu::kernels<scalar_t>().dot(a);
   });
   return sums;
@@ -142,8 +138,7 @@ Tensor relayout_cpu(const Tensor& rows, const OptionalTensor& source, int64_t ne
   check_rows(r, m, f, e, "relayout_rows");
   Tensor out = at::empty(rows_shape(m.map.count, t, e), r.options());
   AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relayout_rows", [&] {
-    cpu::kernels<scalar_t>().relayout(
-        {r.const_data_ptr<scalar_t>(), m.map, f, t, e, out.data_ptr<scalar_t>(), false});
+    cpu::kernels<scalar_t>().relayout({r.const_data_ptr<scalar_t>(), m.map, f, t, e, out.data_ptr<scalar_t>(), false});
   });
   return out;
 }
@@ -220,10 +215,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_cpu(
   return {grad_rows, grad_ls, grad_li, grad_us, grad_ui};
 }
 
-std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, const Tensor& rows,
-                                                           const Tensor& sample, const OptionalTensor& position,
-                                                           IntArrayRef window, IntArrayRef extent,
-                                                           const Tensor& first, const Tensor& second, int64_t norm) {
+std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, const Tensor& rows, const Tensor& sample,
+                                                           const OptionalTensor& position, IntArrayRef window,
+                                                           IntArrayRef extent, const Tensor& first,
+                                                           const Tensor& second, int64_t norm) {
   const Map m({}, INT64_MAX, sample, position);
   const Tensor r = rows.contiguous(), a = first.contiguous(), b = second.contiguous();
   const Tensor gv = grad.select(0, 0).contiguous();
@@ -274,8 +269,7 @@ template <typename Function>
 auto handle(const char* name, Function*) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
-#define PYCERT_HANDLE(name, function)                                    \
-  static const auto op = handle("pycert::" name, function)
+#define PYCERT_HANDLE(name, function) static const auto op = handle("pycert::" name, function)
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
 
@@ -292,8 +286,7 @@ struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& sample,
                                const OptionalTensor& position, IntArrayRef window, IntArrayRef extent,
                                const Tensor& lower_slope, const OptionalTensor& lower_intercept,
-                               const Tensor& upper_slope, const Tensor& upper_intercept,
-                               const OptionalTensor& charge) {
+                               const Tensor& upper_slope, const Tensor& upper_intercept, const OptionalTensor& charge) {
     at::AutoDispatchBelowADInplaceOrView below;
     PYCERT_HANDLE("relax_rows", relax_cpu);
     auto [out, sums] = op.call(rows, {}, INT64_MAX, sample, position, window, extent, lower_slope, lower_intercept,
@@ -318,9 +311,9 @@ struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
 };
 
 struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& sample,
-                        const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const Tensor& first,
-                        const Tensor& second, int64_t norm) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const Tensor& sample, const OptionalTensor& position,
+                        IntArrayRef window, IntArrayRef extent, const Tensor& first, const Tensor& second,
+                        int64_t norm) {
     at::AutoDispatchBelowADInplaceOrView below;
     PYCERT_HANDLE("concretize_rows", concretize_cpu);
     const Tensor out = op.call(rows, {}, INT64_MAX, sample, position, window, extent, first, second, norm);
@@ -342,9 +335,9 @@ struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
 };
 
 struct RelayoutFunction : torch::autograd::Function<RelayoutFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& source,
-                        int64_t negative_from, const Tensor& sample, const OptionalTensor& position, IntArrayRef from,
-                        IntArrayRef to, IntArrayRef extent) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
+                        const Tensor& sample, const OptionalTensor& position, IntArrayRef from, IntArrayRef to,
+                        IntArrayRef extent) {
     at::AutoDispatchBelowADInplaceOrView below;
     PYCERT_HANDLE("relayout_rows", relayout_cpu);
     ctx->save_for_backward({value_or_empty(source), sample, value_or_empty(position)});
@@ -360,10 +353,9 @@ struct RelayoutFunction : torch::autograd::Function<RelayoutFunction> {
     PYCERT_HANDLE("relayout_rows_backward", relayout_backward_cpu);
     const auto s = ctx->get_saved_variables();
     const auto shape = ctx->saved_data["shape"].toIntVector();
-    const Tensor rows =
-        op.call(grads[0], shape[0], optional_of(s[0]), ctx->saved_data["negative_from"].toInt(), s[1],
-                optional_of(s[2]), ctx->saved_data["from"].toIntVector(), ctx->saved_data["to"].toIntVector(),
-                ctx->saved_data["extent"].toIntVector());
+    const Tensor rows = op.call(grads[0], shape[0], optional_of(s[0]), ctx->saved_data["negative_from"].toInt(), s[1],
+                                optional_of(s[2]), ctx->saved_data["from"].toIntVector(),
+                                ctx->saved_data["to"].toIntVector(), ctx->saved_data["extent"].toIntVector());
     return {rows.view(shape), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -389,8 +381,8 @@ std::tuple<Tensor, Tensor> relax_autograd(const Tensor& rows, const OptionalTens
 }
 
 Tensor concretize_autograd(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
-                           const Tensor& sample, const OptionalTensor& position, IntArrayRef window,
-                           IntArrayRef extent, const Tensor& first, const Tensor& second, int64_t norm) {
+                           const Tensor& sample, const OptionalTensor& position, IntArrayRef window, IntArrayRef extent,
+                           const Tensor& first, const Tensor& second, int64_t norm) {
   if (any_needs_grad(rows, first, second)) {
     TORCH_CHECK_VALUE(!source.has_value() && negative_from >= rows.size(0),
                       "concretize_rows: gradients need rows of their own (no source, no sign)");
@@ -401,9 +393,8 @@ Tensor concretize_autograd(const Tensor& rows, const OptionalTensor& source, int
   return op.call(rows, source, negative_from, sample, position, window, extent, first, second, norm);
 }
 
-Tensor relayout_autograd(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
-                         const Tensor& sample, const OptionalTensor& position, IntArrayRef from, IntArrayRef to,
-                         IntArrayRef extent) {
+Tensor relayout_autograd(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
+                         const OptionalTensor& position, IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
   if (any_needs_grad(rows))
     return RelayoutFunction::apply(rows, source, negative_from, sample, position, from, to, extent);
   at::AutoDispatchBelowADInplaceOrView below;

@@ -44,13 +44,11 @@ at::Tensor relayout_rows(const at::Tensor& rows, const RowSource& source, const 
                          const Window& to, const Extent& extent);
 
 // Least value over the box [lower, upper], each [B, n]: [2, Q] double, value and magnitude.
-at::Tensor concretize_box(const at::Tensor& rows, const RowSource& source, const RowIndex& index,
-                          const Window& window, const Extent& extent, const at::Tensor& lower,
-                          const at::Tensor& upper);
+at::Tensor concretize_box(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
+                          const Extent& extent, const at::Tensor& lower, const at::Tensor& upper);
 
 // Least value over balls ||x - centre||_p <= eps, p in {1, 2}.
-at::Tensor concretize_ball(const at::Tensor& rows, const RowSource& source, const RowIndex& index,
-                           const Window& window, const Extent& extent, const at::Tensor& centre,
-                           const at::Tensor& eps, int64_t p);
+at::Tensor concretize_ball(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
+                           const Extent& extent, const at::Tensor& centre, const at::Tensor& eps, int64_t p);
 
 }  // namespace pycert

@@ -48,8 +48,8 @@ inline void check_same(const at::Tensor& a, const at::Tensor& b, const char* op,
                        const char* b_name) {
   TORCH_CHECK_TYPE(a.scalar_type() == b.scalar_type(), op, ": ", a_name, " and ", b_name,
                    " must have the same dtype, got ", a.scalar_type(), " and ", b.scalar_type());
-  TORCH_CHECK_VALUE(a.device() == b.device(), op, ": ", a_name, " and ", b_name,
-                    " must be on the same device, got ", a.device(), " and ", b.device());
+  TORCH_CHECK_VALUE(a.device() == b.device(), op, ": ", a_name, " and ", b_name, " must be on the same device, got ",
+                    a.device(), " and ", b.device());
 }
 
 inline bool needs_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }

@@ -30,8 +30,8 @@ T outward(double x, double direction) {
 std::tuple<Tensor, Tensor> linf_ball_cpu(const Tensor& x, const Tensor& eps, double low, double high) {
   check_floating(x, "linf_ball", "x");
   check_same(x, eps, "linf_ball", "x", "eps");
-  TORCH_CHECK_VALUE(x.dim() >= 1 && eps.dim() == 1 && eps.size(0) == x.size(0),
-                    "linf_ball: eps must be [batch], got ", eps.sizes(), " for x of shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && eps.dim() == 1 && eps.size(0) == x.size(0), "linf_ball: eps must be [batch], got ",
+                    eps.sizes(), " for x of shape ", x.sizes());
   const Tensor centre = x.contiguous(), radius = eps.contiguous();
   Tensor lower = at::empty_like(centre), upper = at::empty_like(centre);
   const int64_t batch = x.size(0), count = batch == 0 ? 0 : x.numel() / batch;
@@ -83,7 +83,9 @@ std::tuple<Tensor, Tensor> linf_ball_autograd(const Tensor& x, const Tensor& eps
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(pycert, m) { m.def("linf_ball(Tensor x, Tensor eps, float low, float high) -> (Tensor, Tensor)"); }
+TORCH_LIBRARY_FRAGMENT(pycert, m) {
+  m.def("linf_ball(Tensor x, Tensor eps, float low, float high) -> (Tensor, Tensor)");
+}
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("linf_ball", linf_ball_cpu); }
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) { m.impl("linf_ball", linf_ball_autograd); }
 

@@ -23,8 +23,8 @@ enum class Term : uint32_t {
 };
 
 inline const std::vector<std::string>& term_names() {
-  static const std::vector<std::string> names = {"own_product",  "deployed",    "bias",     "underflow",
-                                                 "radius_product", "batch_norm", "residual", "backsub_own",
+  static const std::vector<std::string> names = {"own_product",      "deployed",        "bias",     "underflow",
+                                                 "radius_product",   "batch_norm",      "residual", "backsub_own",
                                                  "backsub_deployed", "backsub_constant"};
   return names;
 }

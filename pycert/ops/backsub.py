@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from pycert.regions import Box, LpBall
 
 
-def concretize(A: Tensor, c: Tensor, region: Union[LpBall, Box], side: str = "lower") -> Tensor:
+def concretize(A: Tensor, c: Tensor, region: LpBall | Box, side: str = "lower") -> Tensor:
     """The least (or greatest) value of ``A x + c`` over every region.
 
     Args:
@@ -40,7 +39,9 @@ def concretize(A: Tensor, c: Tensor, region: Union[LpBall, Box], side: str = "lo
     if c.shape != A.shape[:2]:
         raise ValueError(f"c must have shape {list(A.shape[:2])}, got {list(c.shape)}")
     if A.dtype != region.lower.dtype or c.dtype != A.dtype:
-        raise TypeError(f"A, c and region must have the same dtype, got {A.dtype}, {c.dtype}, {region.lower.dtype}")
+        raise TypeError(
+            f"A, c and region must have the same dtype, got {A.dtype}, {c.dtype}, {region.lower.dtype}"
+        )
     sign = 1 if side == "lower" else -1
     count = math.prod(shape)
     rows = A.reshape(-1, count) * sign
@@ -64,7 +65,9 @@ def concretize(A: Tensor, c: Tensor, region: Union[LpBall, Box], side: str = "lo
     slack = (value[1].detach() + constant.detach().abs()) * ((count + 70) * 2.0**-53 * 1.001)
     below = total.detach() - slack
     result = below.to(A.dtype)
-    result = torch.where(result.double() > below, torch.nextafter(result, torch.full_like(result, -math.inf)), result)
+    result = torch.where(
+        result.double() > below, torch.nextafter(result, torch.full_like(result, -math.inf)), result
+    )
     return (_Shift.apply(total.to(A.dtype), result) * sign).view(A.shape[:2])
 
 

@@ -13,7 +13,6 @@ from pycert.ops.relaxation import ActivationLines
 from pycert.reference import graph as execution
 from pycert.reference import relaxation
 
-
 #: Activations that are linear on both sides of zero.
 ONE_KINK = ("relu", "leaky_relu", "prelu", "abs")
 
