@@ -34,14 +34,18 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every case in a child process; print a line per case and pass."""
+    """Measure every case in a child process; Ctrl-C ends the run with what was measured."""
     rows: list[dict[str, Any]] = []
-    for case in cases(args):
-        about = {key: case[key] for key in ("net", "batch", "method")}
-        for row in isolate.run_case("benchmarks.bench_engine:measure", case, args.timeout):
-            rows.append({**about, **row})
-            print(describe(rows[-1]), flush=True)
-    return {"tables": tables(rows), "rows": rows, "notes": notes(rows)}
+    cut_short = []
+    try:
+        for case in cases(args):
+            about = {key: case[key] for key in ("net", "batch", "method")}
+            for row in isolate.run_case("benchmarks.bench_engine:measure", case, args.timeout):
+                rows.append({**about, **row})
+                print(describe(rows[-1]), flush=True)
+    except KeyboardInterrupt:
+        cut_short = ["Interrupted: the cases after the last row were not run."]
+    return {"tables": tables(rows), "rows": rows, "notes": [*notes(rows), *cut_short]}
 
 
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -113,7 +113,13 @@ def measure_accuracy(net: str, threads: int) -> Iterator[dict[str, Any]]:
 def certified(bounded: Any, x: torch.Tensor, y: torch.Tensor, eps: float, method: str, mode: str) -> int:
     """How many samples are certified over the ball clipped to [0, 1]; by ``method`` alone."""
     size = 50 if method == "crown" else 500
-    options = {"method": method, "clip": (0, 1), "intersect": False, "cascade": False, "soundness": mode}
+    options: dict[str, Any] = {
+        "method": method,
+        "clip": (0, 1),
+        "intersect": False,
+        "cascade": False,
+        "soundness": mode,
+    }
     found = 0
     for begin in range(0, len(x), size):
         part = slice(begin, begin + size)

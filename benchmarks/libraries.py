@@ -38,8 +38,9 @@ class Pycert:
 
     def bounds(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         region = self.pycert.LpBall(x, eps=eps)
-        found = self.bounded.bound(region, method=self.method, **self.options)
-        return found.lower, found.upper
+        lower, upper = self.bounded.bound(region, method=self.method, **self.options)
+        assert lower is not None and upper is not None
+        return lower, upper
 
     def margins(self, x: Tensor, eps: float, labels: Tensor) -> Tensor:
         region = self.pycert.LpBall(x, eps=eps)
@@ -110,6 +111,8 @@ def interval(layer: nn.Module, lower: Tensor, upper: Tensor) -> tuple[Tensor, Te
         center = layer(center)
         radius = functional.conv2d(radius, layer.weight.abs(), None, layer.stride, layer.padding)
     else:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
         shape = (1, -1) + (1,) * (lower.dim() - 2)
         scale = (layer.weight / torch.sqrt(layer.running_var + layer.eps)).view(shape)
         center = (center - layer.running_mean.view(shape)) * scale + layer.bias.view(shape)

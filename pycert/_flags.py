@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 _warned: set[tuple[str, ...]] = set()
@@ -27,6 +30,16 @@ def uncovered(device: str, dtype: torch.dtype, convolves: bool) -> tuple[str, ..
     if device == "cpu" and convolves and nnpack_enabled():
         found.append("NNPACK convolutions (Winograd, FFT)")
     return tuple(found)
+
+
+@contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Runs the network's own arithmetic in its own dtype, whatever autocast is on."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def warn_once(found: tuple[str, ...]) -> bool:

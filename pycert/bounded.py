@@ -106,6 +106,7 @@ class BoundedModule(nn.Module):
         self._custom = any(node.op == "custom" for node in self.graph.nodes)
         self._convolves = any(node.op == "conv" for node in self.graph.nodes)
         self._options: dict[Any, _C.Options] = {}
+        self._hidden = _hidden_slots(self.graph)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -213,13 +214,16 @@ class BoundedModule(nn.Module):
             Module path of the layer that computes the value -> ``Bounds``, each ``[B, *shape]``, in
             the order of the network.
         """
-        parsed = parse(method, options, ("method",))
+        parsed = parse(method, options, ("method",), without=("side",))
         if method == "forward":
             raise ValueError(
                 "layer_bounds: method 'forward' is not supported; use 'ibp', 'crown-ibp' or 'crown'"
             )
         regions, _ = self._regions(region)
-        found = self._program.layer_bounds(self._tensors(), regions, self._native(method, parsed, False))
+        tensors = self._tensors()
+        found = self._program.layer_bounds(tensors, regions, self._native(method, parsed, False))
+        if not all(math.isfinite((upper.detach() - lower.detach()).sum().item()) for _, lower, upper in found):
+            self._diagnose(tensors)
         excludes = self._excludes(parsed.soundness, regions[0][0])
         return {
             self.graph.nodes[i].path or f"node{i}": Bounds(lower, upper, None, parsed.soundness, excludes)
@@ -252,11 +256,15 @@ class BoundedModule(nn.Module):
 
     def _tensors(self) -> list[Tensor]:
         self.graph.check()
-        return self.graph.tensors()
+        with _flags.no_autocast():
+            tensors = self.graph.tensors()
+        if not all(math.isfinite(tensors[i].detach().sum().item()) for i in self._hidden):
+            self._diagnose(tensors)
+        return tensors
 
     def _native(self, method: str, options: Options, return_linear: bool) -> _C.Options:
         training = tuple(bool(norm.training) for norm in self.graph.batch_norms)
-        memory = 0 if method == "ibp" else memory_bytes(options.memory)
+        memory = 0 if method == "ibp" and options.memory is None else memory_bytes(options.memory)
         key = (method, options, return_linear, training)
         native = self._options.get(key) if method == "ibp" else None
         if native is None:
@@ -366,6 +374,19 @@ class BoundedModule(nn.Module):
         return f"{len(self.graph.nodes)} operators"
 
 
+def _hidden_slots(graph: Graph) -> list[int]:
+    """Slots whose NaN no bound would show: an operator of bounded range stands behind them."""
+    ops = {node.op for node in graph.nodes}
+    bounded = {"sigmoid", "tanh", "clamp", "custom"} | ({"max2", "min2"} if {"max2", "min2"} <= ops else set())
+    before = [False] * len(graph.nodes)
+    for i in range(len(graph.nodes) - 1, -1, -1):
+        node = graph.nodes[i]
+        for source in node.inputs:
+            before[source] |= before[i] or node.op in bounded
+    slots = {s for node, found in zip(graph.nodes, before, strict=True) if found for s in node.params}
+    return sorted(s for s in slots if s >= 0)
+
+
 def margins(
     bm: BoundedModule,
     region: Region | tuple[Region, ...],
@@ -389,9 +410,7 @@ def margins(
 
     Soundness and gradient: as in ``bound``.
     """
-    if "side" in options:
-        raise ValueError("margins are lower bounds: option 'side' is not taken")
-    parsed = parse(method, {**options, "side": "lower"}, ("method",))
+    parsed = dataclasses.replace(parse(method, options, ("method",), without=("side",)), side="lower")
     regions, batch = bm._regions(region)
     rows = bm._class_rows(y, batch, regions[0][0])
     lower = bm._bound(regions, rows, method, parsed).lower

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycert import _flags
 from pycert.bounded import BoundedModule, margins
 from pycert.options import parse
 from pycert.regions import LpBall
@@ -76,16 +77,18 @@ def certify(
         ``CertifyResult``; nothing in it carries a gradient.
 
     Raises:
-        ValueError, TypeError: as in ``LpBall`` and ``margins``; ``batch_size`` below 1.
+        ValueError, TypeError: as in ``LpBall`` and ``margins``; ``batch_size`` below 1; BatchNorm in
+            training mode, where a sample's class depends on the others.
     """
     started = time.perf_counter()
-    soundness = parse(method, options, ("method", "cascade", "batch_size")).soundness
+    soundness = parse(method, options, ("method", "cascade", "batch_size"), without=("side",)).soundness
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     region = LpBall(x, eps, p, clip)
+    _check_network(bm, region)
     bm._class_rows(y, region.batch, x)
     margin = torch.full((region.batch,), -math.inf, dtype=x.dtype, device=x.device)
-    with torch.no_grad():
+    with torch.no_grad(), _flags.no_autocast():
         scores = torch.cat([bm.net(part).flatten(1) for part in x.split(batch_size)])
         correct = scores.argmax(1) == y.to(x.device)
         stages = CASCADES[method] if cascade else (method,)
@@ -99,3 +102,14 @@ def certify(
                 margin[part] = torch.maximum(margin[part], found)
             open_samples = open_samples[~(margin[open_samples] > 0)]
     return CertifyResult(correct & (margin > 0), correct, margin, time.perf_counter() - started, soundness)
+
+
+def _check_network(bm: BoundedModule, region: LpBall) -> None:
+    """What the plain forward pass would refuse by less clear names, or not at all."""
+    bm._regions(region)
+    if any(norm.training for norm in bm.graph.batch_norms):
+        raise ValueError("certify: the network normalises by the batch (training mode); call .eval() on it")
+    found = {value.dtype for value in bm.net.parameters() if value.dtype.is_floating_point}
+    if found and region.x.dtype not in found:
+        names = ", ".join(sorted(map(str, found)))
+        raise TypeError(f"x must have the dtype of the network's parameters ({names}), got {region.x.dtype}")

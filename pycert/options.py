@@ -28,7 +28,7 @@ class Options:
     intersect: bool = True
     soundness: str = "deployed"
     precision: str = "exact"
-    memory: str | int | None = None
+    memory: str | float | None = None
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Options))
@@ -42,21 +42,25 @@ def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}{hint}")
 
 
-def parse(method: str, given: dict[str, Any], also: tuple[str, ...] = ()) -> Options:
+def parse(
+    method: str, given: dict[str, Any], also: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> Options:
     """The options of a call.
 
     Args:
         method: one of ``METHODS``.
         given: keyword arguments of the call.
         also: names the caller takes itself, listed in the error for unknown ones.
+        without: options that mean nothing to the caller.
 
     Raises:
         ValueError: an unknown method, option or value.
     """
     _choose("method", method, METHODS)
-    unknown = [name for name in given if name not in _NAMES]
+    taken = [name for name in _NAMES if name not in without]
+    unknown = [name for name in given if name not in taken]
     if unknown:
-        known = sorted({*_NAMES, *also})
+        known = sorted({*taken, *also})
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}.{hint}")
@@ -70,18 +74,25 @@ def parse(method: str, given: dict[str, Any], also: tuple[str, ...] = ()) -> Opt
     return options
 
 
-def memory_bytes(memory: str | int | None) -> int:
+def memory_bytes(memory: str | float | None) -> int:
     """Bytes of a ``memory=`` option: a number, or text such as ``"2GiB"``; by default a quarter of what is free."""
     if memory is None:
         return max(2**26, _free_bytes() // 4)
+    size: float
     if isinstance(memory, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", memory)
+        match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", memory)
         if match is None or match.group(2).lower() not in _UNITS:
             raise ValueError(f"memory must be bytes or text such as '2GiB' or '500MB', got {memory!r}")
-        memory = int(float(match.group(1)) * _UNITS[match.group(2).lower()])
-    if memory <= 0:
-        raise ValueError(f"memory must be positive, got {memory}")
-    return memory
+        size = float(match.group(1)) * _UNITS[match.group(2).lower()]
+    elif isinstance(memory, (int, float)) and not isinstance(memory, bool):
+        size = memory
+    else:
+        raise TypeError(
+            f"memory must be bytes or text such as '2GiB' or '500MB', got {type(memory).__name__}"
+        )
+    if not size >= 1:
+        raise ValueError(f"memory must be at least one byte, got {memory!r}")
+    return int(min(size, 2**62))
 
 
 def _free_bytes() -> int:

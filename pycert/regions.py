@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import SupportsFloat
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ class LpBall:
             The region is the intersection of ball and range, whatever ``p``.
 
     Raises:
-        TypeError: ``x`` or ``eps`` is no floating tensor, or they differ in dtype or device.
+        TypeError: ``x`` or ``eps`` is no floating tensor, or they differ in dtype or device; ``clip`` is
+            not a pair of numbers.
         ValueError: a value is NaN or infinite, ``eps`` is negative, ``p`` is another number, the batch
             is empty, ``clip`` is not an interval, or a ball lies outside it.
     """
@@ -51,7 +53,7 @@ class LpBall:
     ) -> None:
         _check_values("x", x)
         if p not in (1, 2, math.inf):
-            raise ValueError(f"p must be 1, 2 or inf, got {p}")
+            raise ValueError(f"p must be 1, 2 or inf, got {p!r}")
         self.x, self.p, self.clip = x, float(p), clip
         self.eps = self._eps_tensor(eps)
         low, high = self._check_clip(clip)
@@ -75,7 +77,9 @@ class LpBall:
                     f"eps must be finite and at least 0, got {eps.detach()[bad].flatten()[0].item()}"
                 )
             return value
-        if not (math.isfinite(eps) and eps >= 0):
+        if not isinstance(eps, SupportsFloat):
+            raise TypeError(f"eps must be a number or a tensor, got {type(eps).__name__}")
+        if not (math.isfinite(eps) and float(eps) >= 0):
             raise ValueError(f"eps must be finite and at least 0, got {eps}")
         radius = float(eps)
         if x.dtype == torch.float32 and float(np.float32(radius)) < radius:
@@ -86,7 +90,10 @@ class LpBall:
     def _check_clip(clip: tuple[float, float] | None) -> tuple[float, float]:
         if clip is None:
             return -math.inf, math.inf
-        low, high = (float(end) for end in clip)
+        try:
+            low, high = (float(end) for end in clip)
+        except (TypeError, ValueError):
+            raise TypeError(f"clip must be two numbers (low, high), got {clip!r}") from None
         if not low <= high:
             raise ValueError(f"clip must be (low, high) with low <= high, got {clip}")
         return low, high

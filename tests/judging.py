@@ -142,7 +142,9 @@ class Executor:
         self.folded = {  # linear or conv node -> the batch_norm that alone reads it
             node.inputs[0]: number
             for number, node in enumerate(graph.nodes[: graph.output + 1])
-            if node.op == "batch_norm" and node.inputs[0] in self.matrices and readers.count(node.inputs[0]) == 1
+            if node.op == "batch_norm"
+            and node.inputs[0] in self.matrices
+            and readers.count(node.inputs[0]) == 1
         }
 
     def run(self, x: Tensor, order: str) -> Tensor:
@@ -178,7 +180,6 @@ class Executor:
             bias = shift if bias is None else bias * scale + shift
         value = ordered_product(matrix, x.flatten(1).numpy(), bias, order)
         return torch.from_numpy(value).reshape(-1, *node.shape)
-
 
     def _fold(self, number: int) -> tuple[Tensor, Tensor]:
         """Scale and shift of a batch_norm for every element of its value."""

@@ -138,6 +138,25 @@ def test_relu_lines_are_valid_exactly(seed, slope):
             assert lower_slope * x <= max(x, 0) <= upper_slope * x + upper_intercept
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_the_region_itself_is_rounded_outward(p, method, dtype):
+    """Through a network that does nothing: every end of the region asked for, and sums that no float holds."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(1, 50, generator=generator).to(dtype)
+    bm = pycert.BoundedModule(torch.nn.Flatten(), x)
+    eye, pairs = torch.eye(50).to(dtype), (torch.eye(50) + torch.eye(50).roll(1, 0)).to(dtype)
+    for eps in (0.1, 1e-9, 0.0):
+        where = pycert.LpBall(x, eps=eps, p=p)
+        reach = {1: Fraction(1), 2: Fraction(1414, 1000), math.inf: Fraction(2)}[p]  # of a pair, from below
+        for rows, distance in ((None, Fraction(eps)), (eye, Fraction(eps)), (pairs, reach * Fraction(eps))):
+            bounds = bm.bound(where, method=method, soundness="real", spec=rows)
+            center = rational(x[0]) if rows is None else rational(rows).dot(rational(x[0]))
+            assert (rational(bounds.lower[0]) <= center - distance).all()
+            assert (rational(bounds.upper[0]) >= center + distance).all()
+
+
 MEETINGS = {
     "branches": nets.Apply(lambda self, x: torch.cat([x, x, x], dim=1)),
     "copies": nets.Apply(lambda self, x: x.repeat(1, 3)),
@@ -145,15 +164,21 @@ MEETINGS = {
 }
 
 
-@pytest.mark.parametrize("row", [[1e8, 1.0, -1e8], [1.0, 1e8, -1e8], [-1e8, 1e8, 1.0]])
+@pytest.mark.parametrize("row", [[1e8, 1.0, -1e8], [1.0, 1e8, -1e8], [-1e8, 1e8, 1.0], [1e8, 5.0, -1e8]])
 @pytest.mark.parametrize("kind", list(MEETINGS))
 def test_coefficients_that_cancel_where_three_ways_meet(kind, row):
     """In float32 the sum of the coefficients is off by as much as the result."""
     x = torch.tensor([[[-5.0, 1.0, -5.0]]]) if kind == "windows" else torch.ones(1, 1)
     bm = pycert.BoundedModule(MEETINGS[kind], x)
     for method in METHODS:
-        bounds = bm.bound(pycert.Box(x, x.clone()), method=method, spec=torch.tensor([row]), soundness="real")
-        assert bounds.lower <= 1 <= bounds.upper, method
+        bounds = bm.bound(
+            pycert.Box(x, x.clone()),
+            method=method,
+            spec=torch.tensor([row]),
+            soundness="real",
+            intersect=False,
+        )
+        assert bounds.lower <= sum(row) <= bounds.upper, method
 
 
 STEPS = {
@@ -167,6 +192,7 @@ STEPS = {
     "average pool": torch.nn.AvgPool1d(3, 2, padding=1),
     "normalise": pycert.nn.Normalize([0.1307], [0.3081]),
     "batch norm": torch.nn.BatchNorm1d(1),
+    "batch norm that cancels": torch.nn.BatchNorm1d(1),
     "prelu": torch.nn.PReLU(init=0.3),
     "leaky relu": torch.nn.LeakyReLU(0.1),
     "sigmoid": torch.nn.Sigmoid(),
@@ -180,10 +206,13 @@ STEPS = {
 def test_single_steps_hold_the_exact_value_at_points(kind, method):
     """Every elementwise step rounds; at a point nothing else hides an error that is not charged."""
     net, generator = STEPS[kind].eval(), torch.Generator().manual_seed(3)
-    if kind == "batch norm":
+    if "batch norm" in kind:
         nets.randomize_batch_norm(net, generator)
         net.running_mean.fill_(33.3)
+    if kind == "batch norm that cancels":  # bias and shift leave nothing but their roundings
+        net.bias.data = net.running_mean * net.weight.data / (net.running_var + net.eps).sqrt()
     x = torch.randn(1, 1, 70, generator=generator) + (33.3 if kind == "batch norm" else 0.0)
+    x = x * 1e-6 if kind == "batch norm that cancels" else x
     graph = trace(net, x)
     exact = ExactNetwork(graph).value(rational(x).flatten())[graph.output]
     bm = pycert.BoundedModule(net, x)
@@ -195,6 +224,22 @@ def test_single_steps_hold_the_exact_value_at_points(kind, method):
             assert (exact <= rational(bounds.upper).flatten()).all()
     assert (bounds.lower <= executed).all()
     assert (executed <= bounds.upper).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["prelu", "leaky relu", "multiply", "average pool"])
+def test_rows_times_slopes_are_charged_for_their_rounding(kind, method):
+    net, generator = STEPS[kind], torch.Generator().manual_seed(4)
+    x = -torch.rand(1, 1, 70, generator=generator)
+    graph = trace(net, x)
+    exact = ExactNetwork(graph).value(rational(x).flatten())[graph.output]
+    factors = torch.rand(len(exact), generator=generator)
+    with torch.no_grad():
+        bounds = pycert.BoundedModule(net, x).bound(
+            pycert.Box(x, x.clone()), method=method, spec=factors.diag(), soundness="real", intersect=False
+        )
+    assert (rational(bounds.lower[0]) <= rational(factors) * exact).all()
+    assert (rational(factors) * exact <= rational(bounds.upper[0])).all()
 
 
 @pytest.mark.parametrize("method", METHODS)

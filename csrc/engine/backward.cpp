@@ -8,6 +8,7 @@
 #include <ATen/ops/index_add.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -150,6 +151,7 @@ Walk::Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep
       index_(std::move(index)),
       stop_at_activations_(stop_at_activations),
       keep_linear_(keep_linear),
+      centred_(context.centred() && !stop_at_activations && !keep_linear),
       pending_(context.program().nodes().size()),
       linear_(size_t(context.program().input_count())) {
   const auto options = context.tensor_options().dtype(at::kDouble);
@@ -165,7 +167,36 @@ bool Walk::stops(int64_t i) const {
   return stop_at_activations_ && !is_affine(node.op);
 }
 
+Tensor Walk::size_of(int64_t i) { return centred_ ? context_.radius(i) : context_.absolute(i); }
+
+// In a centred walk the bias is in the centres.
+Tensor Walk::bias_of(int64_t i) const {
+  const Node& node = context_.program().node(i);
+  return centred_ ? Tensor() : spread(node, context_.bias(node));
+}
+
+// rows . value = rows . centre + rows . (value - centre)
+void Walk::start_constant(int64_t start, const Rows& rows) {
+  const Tensor& centre = context_.centre(start);
+  Tensor term, size;
+  if (rows.unit()) {
+    term = centre.index({index_.sample, rows.element}).to(at::kDouble);
+    size = term.abs();
+  } else {
+    const Tensor table = rows.data.reshape({rows.data.size(0), -1});
+    const Tensor mine = rows.source.source.defined() ? table.index_select(0, rows.source.source) : table;
+    const Tensor terms = mine.to(at::kDouble) * centre.index_select(0, index_.sample).to(at::kDouble);
+    term = terms.sum(1);
+    size = terms.abs().sum(1);
+  }
+  terms_ += double(context_.program().node(start).numel);
+  const int64_t negative = std::min(rows.source.negative_from, index_.count());
+  term = at::cat({term.narrow(0, 0, negative), -term.narrow(0, negative, index_.count() - negative)});
+  sums_ = sums_ + at::stack({term, size, at::zeros_like(term)});
+}
+
 WalkResult Walk::run(int64_t start, Rows rows) {
+  if (centred_) start_constant(start, rows);
   give(start, std::move(rows));
   for (int64_t i = start; i >= 0; --i) {
     if (pending_[size_t(i)].empty()) continue;
@@ -187,17 +218,17 @@ void Walk::step(int64_t i, Rows rows) {
   switch (node.op) {
     case Op::Linear:
     case Op::Conv:
-      if (!done) constants(i, rows, spread(node, context_.bias(node)), context_.charge(i));
+      if (!done) constants(i, rows, bias_of(i), context_.charge(i, centred_));
       return node.op == Op::Linear ? linear(i, std::move(rows)) : conv(i, std::move(rows));
     case Op::BatchNorm:
     case Op::MulConst:
     case Op::DivConst:
       return scale(i, std::move(rows));
     case Op::AddConst:
-      constants(i, rows, spread(node, context_.term_of(node)), context_.charge(i));
+      constants(i, rows, centred_ ? Tensor() : spread(node, context_.term_of(node)), context_.charge(i, centred_));
       return give(node.inputs[0], std::move(rows));
     case Op::Add: {
-      constants(i, rows, {}, context_.charge(i));
+      constants(i, rows, {}, context_.charge(i, centred_));
       Rows second = rows;
       if (node.sign < 0) {
         if (second.unit())
@@ -244,10 +275,12 @@ void Walk::step(int64_t i, Rows rows) {
       Rows difference = rows;
       if (node.op == Op::Min2) difference.data = -difference.data;
       give(node.op == Op::Max2 ? node.inputs[1] : node.inputs[0], std::move(rows));
-      return relax(node.inputs[2], context_.relu_lines(node.inputs[2]), std::move(difference));
+      const Lines& lines = centred_ ? context_.centred_lines(i) : context_.relu_lines(node.inputs[2]);
+      return relax(node.inputs[2], lines, std::move(difference));
     }
     default:
-      return relax(node.inputs[0], context_.lines(i), written(i, std::move(rows)));
+      return relax(node.inputs[0], centred_ ? context_.centred_lines(i) : context_.lines(i),
+                   written(i, std::move(rows)));
   }
 }
 
@@ -344,7 +377,7 @@ Rows Walk::merge(int64_t i) {
   if (context_.sound() && enabled(Term::BacksubOwn)) {
     // The additions just made err by at most gamma_{k-1} sum |part|; for two parts by u |sum|, which is one pass.
     at::NoGradGuard no_grad;
-    const Tensor charge = context_.absolute(i) * (context_.own_gamma(double(parts.size())) * (1 + 1e-6));
+    const Tensor charge = size_of(i) * (context_.own_gamma(double(parts.size())) * (1 + 1e-6));
     if (parts.size() == 2)
       constants(i, out, {}, charge);
     else
@@ -404,7 +437,7 @@ void Walk::underflow(int64_t i, double terms) {
   if (!context_.sound() || !enabled(Term::Underflow)) return;
   at::NoGradGuard no_grad;
   const double tiny = context_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
-  underflow_ = underflow_ + context_.absolute(i).sum(1, false, at::kDouble) * (tiny * (terms + 2) * (1 + 1e-6));
+  underflow_ = underflow_ + size_of(i).sum(1, false, at::kDouble) * (tiny * (terms + 2) * (1 + 1e-6));
 }
 
 // ---- steps -------------------------------------------------------------------------------------------------------
@@ -417,8 +450,8 @@ void Walk::relax(int64_t input, const Lines& lines, Rows rows) {
   // The affine node that feeds the activation alone is charged in the same pass over the rows.
   const bool fuse = (node.op == Op::Linear || node.op == Op::Conv) && node.consumers.size() == 1 && !stops(input) &&
                     !(grad || any_needs_grad(context_.bias(node)));
-  const Tensor bias = fuse ? spread(node, context_.bias(node)) : Tensor();
-  const Tensor charge = context_.relax_charge(input, fuse);
+  const Tensor bias = fuse ? bias_of(input) : Tensor();
+  const Tensor charge = context_.relax_charge(input, fuse, centred_);
   auto [out, sums] = relax_rows(rows.data, rows.source, index_, rows.window, node.extent(), lines.lower_slope,
                                 lines.lower_intercept, lines.upper_slope, lines.upper_intercept, bias, charge);
   sums_ = sums_ + sums;
@@ -516,8 +549,8 @@ void Walk::conv(int64_t i, Rows rows) {
 void Walk::scale(int64_t i, Rows rows) {
   const Node& node = context_.program().node(i);
   const Tensor factor = context_.scale_of(node);
-  const Tensor term = node.op == Op::BatchNorm ? spread(node, context_.term_of(node)) : Tensor();
-  constants(i, rows, term, context_.charge(i));
+  const Tensor term = node.op == Op::BatchNorm && !centred_ ? spread(node, context_.term_of(node)) : Tensor();
+  constants(i, rows, term, context_.charge(i, centred_));
   underflow(node.inputs[0], 1);
   if (rows.unit()) {
     const bool matches =
@@ -546,10 +579,10 @@ void Walk::scale(int64_t i, Rows rows) {
 
 void Walk::gather(int64_t i, Rows rows) {
   const Node& node = context_.program().node(i);
-  const bool filled = node.gather_outside.defined() && node.fill != 0;
+  const bool filled = node.gather_outside.defined() && node.fill != 0 && !centred_;
   Tensor fill;
   if (filled) fill = at::full({node.numel}, node.fill, context_.tensor_options()).masked_fill(~node.gather_outside, 0);
-  constants(i, rows, fill, context_.charge(i));
+  constants(i, rows, fill, context_.charge(i, centred_));
   if (rows.unit()) {
     if (rows.scale.defined() && rows.scale.numel() > 1) {
       rows = written(i, std::move(rows));
@@ -575,7 +608,7 @@ void Walk::gather(int64_t i, Rows rows) {
 
 void Walk::sum(int64_t i, Rows rows) {
   const Node& node = context_.program().node(i);
-  constants(i, rows, {}, context_.charge(i));
+  constants(i, rows, {}, context_.charge(i, centred_));
   rows = dense(i, written(i, std::move(rows)));
   const int64_t terms = context_.program().node(node.inputs[0]).shape.back();
   underflow(node.inputs[0], 1);
@@ -588,7 +621,7 @@ void Walk::sum(int64_t i, Rows rows) {
 void Walk::average(int64_t i, Rows rows) {
   const Node& node = context_.program().node(i);
   const Node& input = context_.program().node(node.inputs[0]);
-  constants(i, rows, {}, context_.charge(i));
+  constants(i, rows, {}, context_.charge(i, centred_));
   underflow(node.inputs[0], double(node.kernel[0] * node.kernel[1]));
   rows = dense(i, written(i, std::move(rows)));
   const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
@@ -602,8 +635,8 @@ void Walk::average(int64_t i, Rows rows) {
 
 void Walk::pool(int64_t i, Rows rows) {
   const Node& node = context_.program().node(i);
-  const PoolLines& lines = context_.pool_lines(i);
-  constants(i, rows, {}, context_.charge(i));
+  const PoolLines& lines = centred_ ? context_.centred_pool_lines(i) : context_.pool_lines(i);
+  constants(i, rows, {}, context_.charge(i, centred_));
   underflow(node.inputs[0], double(node.pool_index.size(1)));
   rows = own(i, dense(i, std::move(rows)));
   const Tensor flat = rows.data.flatten(1), positive = flat.clamp_min(0), negative = flat.clamp_max(0);
@@ -611,7 +644,8 @@ void Walk::pool(int64_t i, Rows rows) {
   const Tensor parts = positive.unsqueeze(-1) * of_rows(lines.lower) + negative.unsqueeze(-1) * of_rows(lines.upper);
   // 0 * inf of an unbounded ceiling counts as nothing
   const Tensor ceiling = of_rows(lines.constant);
-  const Tensor term = at::where(negative.eq(0), 0.0, negative * ceiling).to(at::kDouble);
+  Tensor term = at::where(negative.eq(0), 0.0, negative * ceiling).to(at::kDouble);
+  if (lines.lower_constant.defined()) term = term + (positive * of_rows(lines.lower_constant)).to(at::kDouble);
   const Tensor constant = term.sum(1);
   const double slack = context_.dtype() == at::kFloat ? 0x1p-24 : 0x1p-53;
   const Tensor magnitude = term.detach().abs().sum(1);
@@ -633,16 +667,22 @@ void Walk::concretise(int64_t i, Rows rows) {
   const Node& node = context_.program().node(i);
   rows = written(i, std::move(rows));
   const Extent extent = node.extent();
-  const auto& [lower, upper] = context_.box(i);
+  Tensor lower = std::get<0>(context_.box(i)), upper = std::get<1>(context_.box(i));
   const InputRegion* region = node.op == Op::Input ? &context_.regions()[size_t(node.index)] : nullptr;
   const bool ball = region != nullptr && region->p != 0;
   if (any_needs_grad(rows.data, lower, upper) || (ball && any_needs_grad(region->centre, region->eps)))
     rows = own(i, std::move(rows));
   const auto flat = [](const Tensor& t) { return t.reshape({t.size(0), -1}); };
-  Tensor value;
+  Tensor value, centre = ball ? flat(region->centre) : Tensor();
+  if (centred_) {  // a ball's centre is its centre
+    const Tensor at = context_.centre(i).to(at::kDouble), low = flat(lower).to(at::kDouble) - at,
+                 high = at - flat(upper).to(at::kDouble);
+    lower = lower_end(low, low.abs() * 0x1p-52, context_.dtype());
+    upper = -lower_end(high, high.abs() * 0x1p-52, context_.dtype());
+    if (ball) centre = at::zeros_like(centre);
+  }
   if (ball) {
-    value = concretize_ball(rows.data, rows.source, index_, rows.window, extent, flat(region->centre), region->eps,
-                            region->p);
+    value = concretize_ball(rows.data, rows.source, index_, rows.window, extent, centre, region->eps, region->p);
     if (region->clipped) {
       const Tensor by_box =
           concretize_box(rows.data, rows.source, index_, rows.window, extent, flat(lower), flat(upper));

@@ -42,6 +42,9 @@ class Walk {
   Rows dense(int64_t i, Rows rows);    // no window, no unit rows
   void constants(int64_t i, const Rows& rows, const Tensor& bias, const Tensor& charge);
   void underflow(int64_t i, double terms);
+  Tensor size_of(int64_t i);  // [B, n]: what coefficients of node i multiply at most
+  Tensor bias_of(int64_t i) const;
+  void start_constant(int64_t start, const Rows& rows);
   void relax(int64_t input, const Lines& lines, Rows rows);  // through an activation of value `input`
   void linear(int64_t i, Rows rows);
   void conv(int64_t i, Rows rows);
@@ -57,6 +60,7 @@ class Walk {
   Context& context_;
   RowIndex index_;
   bool stop_at_activations_, keep_linear_;
+  bool centred_;  // rows act on value - centre
   std::vector<std::vector<Rows>> pending_;
   Tensor sums_;   // [3, Q] double: constant, magnitude, error
   Tensor value_;  // [Q] double: concretised terms

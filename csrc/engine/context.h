@@ -45,6 +45,7 @@ struct Lines {
 // Least lines of max-pooling: one coefficient for the lower bound, K for the upper, per output.
 struct PoolLines {
   Tensor lower, upper, constant;  // [B, n, K], [B, n, K], [B, n]
+  Tensor lower_constant;          // [B, n]; undefined: 0
 };
 
 struct BoundsResult {
@@ -74,7 +75,11 @@ class Context {
   void propagate(int64_t last);  // interval (and refined) bounds of nodes 0..last
   Box interval_step(int64_t i);  // of one node from those of its inputs
   const Box& box(int64_t i) const { return boxes_[size_t(i)]; }
-  Tensor absolute(int64_t i);               // [B, n]: largest |value|
+  Tensor absolute(int64_t i);  // [B, n]: largest |value|
+  // Centred walks follow value - centre(i): our roundings then multiply a radius instead of a value.
+  bool centred() const { return !centres_.empty(); }
+  const Tensor& centre(int64_t i) const { return centres_[size_t(i)]; }  // [B, n]
+  Tensor radius(int64_t i);                                              // [B, n]: largest |value - centre|
   Tensor scale_of(const Node& node) const;  // factor of MulConst, DivConst, BatchNorm: [1], [C] or [n]
   Tensor term_of(const Node& node) const;   // what AddConst or BatchNorm adds
   Tensor magnitude_of(const Node& node) const;
@@ -91,8 +96,10 @@ class Context {
   const Lines& lines(int64_t activation);  // of an elementwise activation
   const Lines& relu_lines(int64_t value);  // of relu at a value (max2, min2)
   const PoolLines& pool_lines(int64_t pool);
-  Tensor charge(int64_t i);  // [B, n]: error of a back-substitution step through affine node i
-  Tensor relax_charge(int64_t i, bool with_node);
+  const Lines& centred_lines(int64_t activation);  // with intercepts for value - centre; max2, min2: of their relu
+  const PoolLines& centred_pool_lines(int64_t pool);
+  Tensor charge(int64_t i, bool centred);  // [B, n]: error of a back-substitution step through affine node i
+  Tensor relax_charge(int64_t i, bool with_node, bool centred);
 
   const Program& program() const { return program_; }
   const Options& options() const { return options_; }
@@ -107,7 +114,8 @@ class Context {
   void batch_statistics();
   void refine(int64_t i, bool all);
   Tensor unstable(int64_t i) const;
-  Tensor affine_charge(const Node& node, int64_t i);
+  Tensor affine_charge(const Node& node, int64_t i, bool centred);
+  void find_centres();
 
   const Program& program_;
   std::vector<Tensor> params_;
@@ -119,9 +127,10 @@ class Context {
   std::vector<Box> boxes_;
   int64_t done_ = 0;
   std::vector<std::array<Tensor, 2>> statistics_;  // of BatchNorms in training: mean, variance
-  std::unordered_map<int64_t, Lines> lines_, relu_lines_;
-  std::unordered_map<int64_t, PoolLines> pool_lines_;
-  std::unordered_map<int64_t, Tensor> absolute_, charges_, relax_charges_;
+  std::vector<Tensor> centres_;
+  std::unordered_map<int64_t, Lines> lines_, relu_lines_, centred_lines_;
+  std::unordered_map<int64_t, PoolLines> pool_lines_, centred_pool_lines_;
+  std::unordered_map<int64_t, Tensor> absolute_, radius_, charges_, relax_charges_;
 };
 
 // Bounds by linear functions of the input that are propagated forward (linear_forward.cpp).
@@ -131,7 +140,8 @@ BoundsResult forward_bound(Context& context, const std::optional<Spec>& spec);
 Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype);
 
 // Values of every node for concrete inputs; BatchNorms in training use (and return) the statistics of the batch.
+// Every value is rounded to `rounded` on the way, where that is another dtype.
 std::vector<Tensor> evaluate(const Context& context, const std::vector<Tensor>& inputs,
-                             std::vector<std::array<Tensor, 2>>* statistics);
+                             std::vector<std::array<Tensor, 2>>* statistics, at::ScalarType rounded);
 
 }  // namespace pycert::engine

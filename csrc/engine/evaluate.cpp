@@ -50,7 +50,7 @@ Tensor normalise(const Context& c, const Node& node, const Tensor& x, std::vecto
 }  // namespace
 
 std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs,
-                             std::vector<std::array<Tensor, 2>>* statistics) {
+                             std::vector<std::array<Tensor, 2>>* statistics, at::ScalarType rounded) {
   PrecisionGuard guard;
   const auto& nodes = c.program().nodes();
   std::vector<Tensor> values(nodes.size());
@@ -148,6 +148,7 @@ std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs
         break;
       }
     }
+    if (rounded != values[i].scalar_type()) values[i] = values[i].to(rounded).to(values[i].scalar_type());
   }
   return values;
 }

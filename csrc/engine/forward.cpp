@@ -61,6 +61,7 @@ Context::Context(const Program& program, std::vector<Tensor> params, std::vector
       for (const Tensor& t : {r.lower, r.upper, r.centre, r.eps}) grad_ = grad_ || (t.defined() && t.requires_grad());
   }
   batch_statistics();
+  find_centres();
 }
 
 Tensor Context::param(const Node& node, size_t i) const {
@@ -130,7 +131,28 @@ void Context::batch_statistics() {
   std::vector<Tensor> centres;
   for (const InputRegion& r : regions_) centres.push_back(r.centre.defined() ? r.centre : (r.lower + r.upper) / 2);
   statistics_.resize(options_.training.size());
-  evaluate(*this, centres, &statistics_);
+  evaluate(*this, centres, &statistics_, dtype_);
+}
+
+// Centres of centred walks: the network at the centre of the region, each layer in float64 and then rounded, so that a
+// centre is W (centre before) + b but for one rounding. Full back-substitution alone is worth that.
+void Context::find_centres() {
+  const bool training = !statistics_.empty();
+  if (options_.method != Method::Crown || !sound() || grad_ || training || dtype_ != at::kFloat) return;
+  at::NoGradGuard no_grad;
+  std::vector<Tensor> params, inputs;
+  for (const Tensor& p : params_) params.push_back(p.is_floating_point() ? p.to(at::kDouble) : p);
+  std::vector<InputRegion> regions;
+  for (const InputRegion& r : regions_) {
+    const Tensor centre = r.centre.defined() ? r.centre : r.lower / 2 + r.upper / 2;
+    inputs.push_back(centre.to(at::kDouble));
+    regions.push_back({inputs.back(), inputs.back(), inputs.back(), {}, 0, false});
+  }
+  const Context exact(program_, std::move(params), std::move(regions), options_);
+  for (const Tensor& value : evaluate(exact, inputs, nullptr, dtype_)) {
+    if (!value.isfinite().all().item<bool>()) return centres_.clear();
+    centres_.push_back(value.reshape({batch_, -1}).to(dtype_));
+  }
 }
 
 // Sums over several elements by ATen, widened by gamma times the sum of magnitudes.
@@ -333,6 +355,17 @@ void Context::propagate(int64_t last) {
       if (!(first_of_ball && node.interval_exact)) refine(i, false);
     }
   }
+}
+
+Tensor Context::radius(int64_t i) {
+  auto [found, fresh] = radius_.try_emplace(i);
+  if (fresh) {
+    at::NoGradGuard no_grad;
+    const Tensor lower = std::get<0>(box(i)).reshape({batch_, -1}), upper = std::get<1>(box(i)).reshape({batch_, -1});
+    const Tensor reach = at::maximum((upper - centre(i)).abs(), (centre(i) - lower).abs());
+    found->second = reach * (1 + 4 * own_gamma(1));
+  }
+  return found->second;
 }
 
 Tensor Context::absolute(int64_t i) {

@@ -106,7 +106,7 @@ Linear ForwardWalk::affine(int64_t i, const Node& node) {
   const double terms = 2.0 * double(node.op == Op::Linear ? w.size(1) : w.numel() / std::min(w.size(0), w.size(1)));
   Tensor charge = apply(reach(s), w.detach().abs()) * (c_.own_gamma(terms + 6) * (1 + 4 * c_.own_gamma(terms + 6)));
   if (bias.defined()) charge = charge + bias.detach().abs() * c_.own_gamma(2);
-  if (c_.deployed()) charge = charge + c_.charge(i);
+  if (c_.deployed()) charge = charge + c_.charge(i, false);
   return widened(out, charge + terms * (c_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022) * size_.sum());
 }
 
@@ -185,7 +185,7 @@ void ForwardWalk::step(int64_t i) {
       at::NoGradGuard no_grad;
       Tensor charge = reach(in(node)) * factor.abs() * c_.own_gamma(10);
       if (shifts) charge = charge + spread(c_.magnitude_of(node)) * c_.own_gamma(12);
-      const Tensor network = c_.charge(i);
+      const Tensor network = c_.charge(i, false);
       if (c_.deployed() && network.defined()) charge = charge + network;
       out = widened(out, charge);
       return;
@@ -196,7 +196,7 @@ void ForwardWalk::step(int64_t i) {
       if (!c_.sound()) return;
       at::NoGradGuard no_grad;
       Tensor charge = (reach(a) + reach(b)) * c_.own_gamma(2);
-      if (c_.deployed()) charge = charge + c_.charge(i);
+      if (c_.deployed()) charge = charge + c_.charge(i, false);
       out = widened(out, charge);
       return;
     }
@@ -221,7 +221,7 @@ void ForwardWalk::step(int64_t i) {
       at::NoGradGuard no_grad;
       const double terms = node.op == Op::Sum ? double(input.shape.back()) : double(node.kernel[0] * node.kernel[1]);
       Tensor charge = reduce(reach(in(node))).abs() * c_.own_gamma(terms + 6);
-      if (c_.deployed()) charge = charge + c_.charge(i);
+      if (c_.deployed()) charge = charge + c_.charge(i, false);
       out = widened(out, charge);
       return;
     }

@@ -64,6 +64,23 @@ static Tensor conv_by_groups(const Tensor& input, const Tensor& weight, const Co
   return g.groups == 1 ? outputs[0] : at::cat(outputs, 1);
 }
 
+// Up to here one pass over W with both products is faster than two matrix products.
+constexpr int64_t kSmallBatch = 4;
+
+Box linear_products(const Tensor& weight, const Tensor& mid, const Tensor& radius, bool with_first) {
+  const int64_t batch = mid.size(0), rows = weight.size(0), count = weight.size(1);
+  if (batch > kSmallBatch)
+    return {with_first ? mm_blocked(mid, weight.t()) : Tensor(), mm_blocked(radius, weight.abs().t())};
+  const Tensor w = weight.contiguous(), m = mid.contiguous(), r = radius.contiguous();
+  Tensor centre = at::empty({batch, rows}, m.options()), spread = at::empty({batch, rows}, m.options());
+  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "linear_products", [&] {
+    cpu::kernels<scalar_t>().dual_product({w.const_data_ptr<scalar_t>(), m.const_data_ptr<scalar_t>(),
+                                           r.const_data_ptr<scalar_t>(), centre.data_ptr<scalar_t>(),
+                                           spread.data_ptr<scalar_t>(), batch, rows, count});
+  });
+  return {centre, spread};
+}
+
 // A strided transposed convolution as one plain convolution whose output channels are the stride's phases: oneDNN's own
 // form of it is up to six times slower where there are few channels to write. Undefined where this does not apply.
 static Tensor conv_transposed_by_phases(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
@@ -218,9 +235,6 @@ Box enclose(Tensor centre, Tensor radius, const OptionalTensor& bias, const Tens
   return {centre, radius};
 }
 
-// Up to here one pass over W with both products is faster than two matrix products.
-constexpr int64_t kSmallBatch = 4;
-
 Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
                int64_t soundness, int64_t extra_terms) {
   check_box(lower, upper, "interval_linear");
@@ -238,20 +252,7 @@ Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   c.vector = true;
   const Prepared p = prepare_boxes(lower, upper, c, batch);
   const Tensor mid = p.mid.view({batch, count}), radius = p.radius.view({batch, count});
-  Tensor centre, spread;
-  if (small) {
-    centre = at::empty({batch, rows}, mid.options());
-    spread = at::empty({batch, rows}, mid.options());
-    const Tensor w = weight.contiguous();
-    AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "interval_linear", [&] {
-      cpu::kernels<scalar_t>().dual_product({w.const_data_ptr<scalar_t>(), mid.const_data_ptr<scalar_t>(),
-                                             radius.const_data_ptr<scalar_t>(), centre.data_ptr<scalar_t>(),
-                                             spread.data_ptr<scalar_t>(), batch, rows, count});
-    });
-  } else {
-    centre = mm_blocked(mid, weight.t());
-    spread = mm_blocked(radius, weight.abs().t());
-  }
+  auto [centre, spread] = linear_products(weight, mid, radius, true);
   auto [out_lower, out_upper] = enclose(centre, spread, bias, p.sums, c);
   auto shape = lower.sizes().vec();
   shape.back() = rows;

@@ -40,6 +40,8 @@ double gamma(double n, at::ScalarType dtype);
 
 // Length of one summation chain of `mm_blocked`.
 int64_t blocked_chain(int64_t count);
+// W mid and |W| radius, rows [M, K] each, in one pass over W where there are few; the first may be left out.
+Box linear_products(const at::Tensor& weight, const at::Tensor& mid, const at::Tensor& radius, bool with_first);
 // a [M, K] times b [K, N] with the sum over K cut into blocks that start from zero.
 at::Tensor mm_blocked(const at::Tensor& a, const at::Tensor& b);
 

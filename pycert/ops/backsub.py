@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pycert.ops.relaxation import _out_of_autocast
 from pycert.regions import Box, LpBall
 
 
@@ -14,13 +15,14 @@ def concretize(A: Tensor, c: Tensor, region: LpBall | Box, side: str = "lower") 
     """The least (or greatest) value of ``A x + c`` over every region.
 
     Args:
-        A: ``[B, S, *in]``, float32 or float64.
+        A: ``[B, S, *in]``, float32 or float64; half precision under autocast is cast to float32.
         c: ``[B, S]``, of the same dtype.
         region: ``LpBall`` or ``Box`` with a batch of ``B``.
         side: ``"lower"`` or ``"upper"``.
 
     Returns:
-        ``[B, S]``. For a clipped ball of p = 1 or 2 the tighter of ball and box.
+        ``[B, S]``. For a clipped ball of p = 1 or 2 the tighter of ball and box. Infinite where the
+        arithmetic overflows or a coefficient is NaN or infinite.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or another ``side``.
@@ -33,6 +35,7 @@ def concretize(A: Tensor, c: Tensor, region: LpBall | Box, side: str = "lower") 
         raise ValueError(f"side must be 'lower' or 'upper', got {side!r}")
     if not isinstance(region, (LpBall, Box)):
         raise TypeError(f"region must be a pycert.LpBall or pycert.Box, got {type(region).__name__}")
+    A, c = _out_of_autocast(A), _out_of_autocast(c)
     batch, shape = region.lower.shape[0], region.lower.shape[1:]
     if A.dim() < 2 or A.shape[0] != batch or A.shape[2:] != shape:
         raise ValueError(f"A must have shape [{batch}, S, {', '.join(map(str, shape))}], got {list(A.shape)}")
@@ -63,7 +66,7 @@ def concretize(A: Tensor, c: Tensor, region: LpBall | Box, side: str = "lower") 
     constant = c.reshape(-1).double() * sign
     total = value[0] + constant
     slack = (value[1].detach() + constant.detach().abs()) * ((count + 70) * 2.0**-53 * 1.001)
-    below = total.detach() - slack
+    below = (total.detach() - slack).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     result = below.to(A.dtype)
     result = torch.where(
         result.double() > below, torch.nextafter(result, torch.full_like(result, -math.inf)), result
@@ -81,3 +84,13 @@ class _Shift(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         return grad, None
+
+
+@torch.library.register_fake("pycert::concretize_rows")
+def _(rows, source, negative_from, sample, position, window, extent, first, second, norm):  # type: ignore[no-untyped-def]
+    return rows.new_empty((2, sample.shape[0]), dtype=torch.float64)
+
+
+@torch.library.register_fake("pycert::concretize_rows_backward")
+def _(grad, rows, sample, position, window, extent, first, second, norm):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (rows, first, second))

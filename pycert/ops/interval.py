@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pycert.ops.relaxation import _out_of_autocast
+
 SOUNDNESS = ("none", "real", "deployed")
 
 _Pair = int | tuple[int, int]
@@ -12,8 +14,8 @@ _Pair = int | tuple[int, int]
 
 def _pair(name: str, value: _Pair) -> list[int]:
     pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be an integer or two, got {value}")
+    if len(pair) != 2 or not all(isinstance(one, int) for one in pair):
+        raise ValueError(f"{name} must be an integer or two, got {value!r}")
     return pair
 
 
@@ -21,6 +23,16 @@ def _soundness(value: str) -> int:
     if value not in SOUNDNESS:
         raise ValueError(f"soundness must be one of {', '.join(SOUNDNESS)}, got {value!r}")
     return SOUNDNESS.index(value)
+
+
+def _operands(
+    lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    for name, value in (("lower", lower), ("upper", upper), ("weight", weight)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    lower, upper, weight = _out_of_autocast(lower), _out_of_autocast(upper), _out_of_autocast(weight)
+    return lower, upper, weight, None if bias is None else _out_of_autocast(bias)
 
 
 def interval_linear(
@@ -38,12 +50,14 @@ def interval_linear(
         lower and upper ends, each ``[B, ..., out]``; infinite where the arithmetic overflows.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit; half precision is refused.
+        ValueError, TypeError: shapes, dtypes or devices do not fit; half precision is refused,
+            except under autocast, where it is cast to float32.
 
     Soundness: outward rounded, as ``soundness`` says. Gradient: with respect to all four arguments.
     Source: midpoint-radius arithmetic, Rump 1999 ("Fast and parallel interval arithmetic"); Gowal et
     al. 2018, Eq. (6).
     """
+    lower, upper, weight, bias = _operands(lower, upper, weight, bias)
     return torch.ops.pycert.interval_linear(lower, upper, weight, bias, _soundness(soundness), 0)
 
 
@@ -69,6 +83,7 @@ def interval_conv2d(
 
     Returns, raises, soundness, gradient, source: as in :func:`interval_linear`; ``[B, O, H', W']``.
     """
+    lower, upper, weight, bias = _operands(lower, upper, weight, bias)
     return torch.ops.pycert.interval_conv2d(
         lower,
         upper,
