@@ -201,6 +201,43 @@ def dust_lost_under_back_substitution() -> bool:
     )
 
 
+def dust_in_a_convolution(method: str) -> bool:
+    x = one_and_dust(512).reshape(1, 512, 1, 1)
+    net = nn.Conv2d(512, 1, 1, bias=False)
+    net.weight.data.fill_(1)
+    executed = ordered_product(np.ones((1, 512), np.float32), x.flatten(1).numpy(), None, "forward")
+    return outside(bound(net, point(x), method, "deployed"), rational(torch.from_numpy(executed)).flatten())
+
+
+@example("deployed", idle=("own_product",))  # the sum over channels is charged to our own product as well
+def dust_lost_by_a_convolution() -> bool:
+    return dust_in_a_convolution("ibp")
+
+
+@example("backsub_deployed", idle=("backsub_own",))
+def dust_lost_by_a_convolution_under_back_substitution() -> bool:
+    return dust_in_a_convolution("crown")
+
+
+@example("backsub_deployed", idle=("backsub_own",))
+def dust_added_to_a_large_bias_under_back_substitution() -> bool:
+    x = torch.full((1, 512), DUST)
+    net = linear(torch.ones(1, 512), torch.ones(1))
+    executed = ordered_product(np.ones((1, 512), np.float32), x.numpy(), np.ones(1, np.float32), "forward")
+    return outside(bound(net, point(x), "crown", "deployed"), rational(torch.from_numpy(executed)).flatten())
+
+
+@example("backsub_own")
+def rounding_of_back_substitution_through_convolutions() -> bool:
+    generator = torch.Generator().manual_seed(6)
+    net = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 1))
+    net[0].weight.data = torch.rand(net[0].weight.shape, generator=generator)
+    weight = torch.randn(16, 64, 1, 1, generator=generator)
+    net[2].weight.data = weight - weight.mean(1, keepdim=True)
+    x = torch.rand(1, 1, 5, 5, generator=generator)
+    return outside(bound(net, point(x), "crown-ibp", "real"), exactly(net, x))
+
+
 @example("backsub_constant", idle=("backsub_own", "backsub_deployed"))
 def rounding_of_the_concretisation() -> bool:
     """From identity rows the coefficients are the weights themselves: only the last sums round."""

@@ -72,8 +72,8 @@ class Context {
   std::pair<double, double> estimate(const std::optional<Spec>& spec);  // peak bytes, FLOPs
 
   // forward.cpp
-  void propagate(int64_t last);  // interval (and refined) bounds of nodes 0..last
-  Box interval_step(int64_t i);  // of one node from those of its inputs
+  void propagate(int64_t last, bool forget = false);  // interval (and refined) bounds of nodes 0..last
+  Box interval_step(int64_t i);                       // of one node from those of its inputs
   const Box& box(int64_t i) const { return boxes_[size_t(i)]; }
   Tensor absolute(int64_t i);  // [B, n]: largest |value|
   // Centred walks follow value - centre(i): our roundings then multiply a radius instead of a value.

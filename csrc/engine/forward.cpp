@@ -72,9 +72,11 @@ Tensor Context::param(const Node& node, size_t i) const {
   if (p.scalar_type() == dtype_) return p;
   const bool elementwise =
       node.op == Op::MulConst || node.op == Op::DivConst || node.op == Op::AddConst || node.op == Op::Constant;
-  TORCH_CHECK_TYPE(elementwise, "bound: '", node.path, "' has parameters of dtype ", p.scalar_type(),
-                   ", the region has ", dtype_, "; convert one of them");
-  return p.to(dtype_);
+  const Tensor converted = p.to(dtype_);
+  // weights of ours (an adaptive pool's zeros and ones) survive the conversion, a network's do not
+  TORCH_CHECK_TYPE(elementwise || (!p.requires_grad() && converted.to(p.scalar_type()).equal(p)), "bound: '", node.path,
+                   "' has parameters of dtype ", p.scalar_type(), ", the region has ", dtype_, "; convert one of them");
+  return converted;
 }
 
 Tensor Context::weight(const Node& node) const {
@@ -335,7 +337,7 @@ Tensor Context::unstable(int64_t i) const {
   return mask.nonzero();  // [R, 2]: sample, element; sorted by sample
 }
 
-void Context::propagate(int64_t last) {
+void Context::propagate(int64_t last, bool forget) {
   const bool crown = options_.method == Method::Crown;
   const bool ball = [&] {
     for (const InputRegion& r : regions_)
@@ -347,6 +349,11 @@ void Context::propagate(int64_t last) {
     options_.interrupt();
     const Node& node = program_.node(i);
     boxes_[size_t(i)] = interval_step(i);
+    if (forget &&
+        !ball) {  // plain intervals: a box is read by its consumers alone, and its memory serves the next ones
+      for (int64_t input : node.inputs)
+        if (program_.node(input).consumers.back() == i) boxes_[size_t(input)] = {};
+    }
     if (!node.depends_on_input) continue;
     // A ball's first affine layer by its dual norm: interval arithmetic would take the box around the ball.
     const bool first_of_ball = ball && node.mixings == 1 && (node.op == Op::Linear || node.op == Op::Conv);
