@@ -222,7 +222,9 @@ class BoundedModule(nn.Module):
         regions, _ = self._regions(region)
         tensors = self._tensors()
         found = self._program.layer_bounds(tensors, regions, self._native(method, parsed, False))
-        if not all(math.isfinite((upper.detach() - lower.detach()).sum().item()) for _, lower, upper in found):
+        if not all(
+            math.isfinite((upper.detach() - lower.detach()).sum().item()) for _, lower, upper in found
+        ):
             self._diagnose(tensors)
         excludes = self._excludes(parsed.soundness, regions[0][0])
         return {
@@ -258,6 +260,9 @@ class BoundedModule(nn.Module):
         self.graph.check()
         with _flags.no_autocast():
             tensors = self.graph.tensors()
+        for slot, value in zip(self.graph.slots, tensors, strict=True):
+            if value is None:
+                raise RuntimeError(f"'{slot.path}' is None; it was a tensor when the network was traced")
         if not all(math.isfinite(tensors[i].detach().sum().item()) for i in self._hidden):
             self._diagnose(tensors)
         return tensors
@@ -377,7 +382,9 @@ class BoundedModule(nn.Module):
 def _hidden_slots(graph: Graph) -> list[int]:
     """Slots whose NaN no bound would show: an operator of bounded range stands behind them."""
     ops = {node.op for node in graph.nodes}
-    bounded = {"sigmoid", "tanh", "clamp", "custom"} | ({"max2", "min2"} if {"max2", "min2"} <= ops else set())
+    bounded = {"sigmoid", "tanh", "clamp", "custom"} | (
+        {"max2", "min2"} if {"max2", "min2"} <= ops else set()
+    )
     before = [False] * len(graph.nodes)
     for i in range(len(graph.nodes) - 1, -1, -1):
         node = graph.nodes[i]

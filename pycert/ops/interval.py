@@ -100,6 +100,15 @@ def interval_conv2d(
     )
 
 
+def _gradients(lower, upper, weight, out, needed):  # type: ignore[no-untyped-def]
+    box = [torch.empty_like(lower), torch.empty_like(upper)] if needed[0] else [None, None]
+    return (
+        *box,
+        torch.empty_like(weight) if needed[1] else None,
+        weight.new_empty(out) if needed[2] else None,
+    )
+
+
 @torch.library.register_fake("pycert::interval_linear")
 def _(lower, upper, weight, bias, soundness, extra_terms):  # type: ignore[no-untyped-def]
     shape = (*lower.shape[:-1], weight.shape[0])
@@ -108,12 +117,7 @@ def _(lower, upper, weight, bias, soundness, extra_terms):  # type: ignore[no-un
 
 @torch.library.register_fake("pycert::interval_linear_backward")
 def _(grad_lower, grad_upper, lower, upper, weight, needed):  # type: ignore[no-untyped-def]
-    return (
-        torch.empty_like(lower),
-        torch.empty_like(upper),
-        torch.empty_like(weight),
-        weight.new_empty(weight.shape[0]),
-    )
+    return _gradients(lower, upper, weight, weight.shape[0], needed)
 
 
 def _conv_shape(x, weight, stride, padding, dilation, transposed, output_padding, groups):  # type: ignore[no-untyped-def]
@@ -148,9 +152,4 @@ def _(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("pycert::interval_conv2d_backward")
 def _(gl, gu, lower, upper, weight, stride, padding, dilation, transposed, output_padding, groups, needed):  # type: ignore[no-untyped-def]
-    return (
-        torch.empty_like(lower),
-        torch.empty_like(upper),
-        torch.empty_like(weight),
-        weight.new_empty(gl.shape[1]),
-    )
+    return _gradients(lower, upper, weight, gl.shape[1], needed)
