@@ -23,8 +23,13 @@ def uncovered(device: str, dtype: torch.dtype, convolves: bool) -> tuple[str, ..
     if dtype != torch.float32:
         return ()
     found = []
-    if torch.get_float32_matmul_precision() != "highest":
-        found.append(f"float32 matrix products of precision {torch.get_float32_matmul_precision()!r}")
+    if device == "cpu":
+        for name, products in (("matmul", "matrix products"), ("conv", "convolutions")):
+            precision = getattr(getattr(torch.backends.mkldnn, name, None), "fp32_precision", "none")
+            if precision not in ("none", "ieee"):
+                found.append(f"float32 {products} of precision {precision!r}")
+    elif torch.backends.cuda.matmul.allow_tf32:
+        found.append("TF32 matrix products")
     if device == "cuda" and convolves and torch.backends.cudnn.allow_tf32:
         found.append("TF32 convolutions")
     if device == "cpu" and convolves and nnpack_enabled():

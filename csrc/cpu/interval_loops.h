@@ -111,7 +111,7 @@ void dual_row(const T* weight, const T* mid, const T* radius, int64_t count, T* 
 
 template <typename T>
 void dual_product(const DualProductArgs<T>& a) {
-  at::parallel_for(0, a.rows, a.count > 0 ? 1 + 32768 / (a.count * a.batch) : 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, a.rows, 1 + 32768 / std::max<int64_t>(1, a.count * a.batch), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const T* weight = a.weight + n * a.count;
       int64_t b = 0;

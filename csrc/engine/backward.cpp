@@ -66,6 +66,26 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
   }
 };
 
+// mm_blocked with gradient; without it autocast would form the gradients in half precision.
+struct ProductFunction : torch::autograd::Function<ProductFunction> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& a, const Tensor& b) {
+    ctx->save_for_backward({a, b});
+    return mm_blocked(a, b);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    PrecisionGuard guard;
+    const auto s = ctx->get_saved_variables();
+    return {ctx->needs_input_grad(0) ? grads[0].mm(s[1].t()) : Tensor(),
+            ctx->needs_input_grad(1) ? s[0].t().mm(grads[0]) : Tensor()};
+  }
+};
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  PrecisionGuard guard;
+  return any_needs_grad(a, b) ? ProductFunction::apply(a, b) : mm_blocked(a, b);
+}
+
 // rows . bias with gradient; the value comes from the kernel. Rows are their own and dense over the channels.
 struct DotFunction : torch::autograd::Function<DotFunction> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& rows, const Tensor& bias,
@@ -75,6 +95,7 @@ struct DotFunction : torch::autograd::Function<DotFunction> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    PrecisionGuard guard;
     const auto s = ctx->get_saved_variables();
     const Tensor& rows = s[0];
     const Tensor grad = grads[0].to(rows.scalar_type());
@@ -479,7 +500,7 @@ void Walk::linear(int64_t i, Rows rows) {
   rows = dense(i, written(i, std::move(rows)));
   PrecisionGuard guard;
   const int64_t count = rows.data.size(0);
-  next.data = mm_blocked(rows.data.reshape({count * pre, out}), weight).view({count, pre * in});
+  next.data = product(rows.data.reshape({count * pre, out}), weight).view({count, pre * in});
   next.source = rows.source;
   give(node.inputs[0], std::move(next));
 }

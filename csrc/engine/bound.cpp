@@ -21,7 +21,7 @@ constexpr int64_t kChunkBytes = int64_t(8) << 20;
 
 // Calls f(begin, end) over [0, count) in chunks; halves the chunk when memory runs out.
 template <typename F>
-void in_chunks(int64_t count, int64_t chunk, const F& f) {
+void in_chunks(Context& context, int64_t count, int64_t chunk, const F& f) {
   chunk = std::max<int64_t>(1, std::min(chunk, count));
   for (int64_t begin = 0; begin < count;) {
     const int64_t end = std::min(count, begin + chunk);
@@ -29,6 +29,7 @@ void in_chunks(int64_t count, int64_t chunk, const F& f) {
       f(begin, end);
     } catch (const std::bad_alloc&) {
       if (chunk == 1) throw;
+      context.forget_caches();
       chunk /= 2;
       continue;
     } catch (const c10::Error& error) {
@@ -36,6 +37,7 @@ void in_chunks(int64_t count, int64_t chunk, const F& f) {
       const bool memory =
           what.find("allocate memory") != std::string::npos || what.find("out of memory") != std::string::npos;
       if (!memory || chunk == 1) throw;
+      context.forget_caches();
       chunk /= 2;
       continue;
     }
@@ -196,16 +198,17 @@ void Context::refine(int64_t i, bool all) {
   if (sample.size(0) == 0) return;
   const RowCost cost = row_cost(*this, i, true, false);
   std::vector<Tensor> lowers, uppers;
-  in_chunks(sample.size(0), chunk_rows(2 * cost.bytes, options_.memory, kChunkBytes), [&](int64_t begin, int64_t end) {
-    const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
-    Walk walk(*this, row_index(node, s, e, true), false, false);
-    Rows rows;
-    rows.element = twice(e, true);
-    rows.source.negative_from = end - begin;
-    const Tensor values = walk.run(i, std::move(rows)).lower;
-    lowers.push_back(values.narrow(0, 0, end - begin));
-    uppers.push_back(-values.narrow(0, end - begin, end - begin));
-  });
+  in_chunks(*this, sample.size(0), chunk_rows(2 * cost.bytes, options_.memory, kChunkBytes),
+            [&](int64_t begin, int64_t end) {
+              const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
+              Walk walk(*this, row_index(node, s, e, true), false, false);
+              Rows rows;
+              rows.element = twice(e, true);
+              rows.source.negative_from = end - begin;
+              const Tensor values = walk.run(i, std::move(rows)).lower;
+              lowers.push_back(values.narrow(0, 0, end - begin));
+              uppers.push_back(-values.narrow(0, end - begin, end - begin));
+            });
   Tensor lower = at::cat(lowers), upper = at::cat(uppers);
   const Tensor flat_lower = old_lower.reshape({batch_, -1}), flat_upper = old_upper.reshape({batch_, -1});
   if (all || options_.intersect) {
@@ -236,7 +239,7 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
   std::vector<Tensor> lowers, uppers, low_constants, up_constants;
   const size_t inputs = size_t(context.program().input_count());
   std::vector<std::vector<Tensor>> low_A(inputs), up_A(inputs);
-  in_chunks(total, chunk, [&](int64_t begin, int64_t end) {
+  in_chunks(context, total, chunk, [&](int64_t begin, int64_t end) {
     const int64_t rows_here = end - begin;
     const Tensor row = at::arange(begin, end, at::kLong);
     const Tensor sample = row.floor_divide(count);

@@ -68,6 +68,7 @@ class Context {
   // bound.cpp
   BoundsResult bound(const std::optional<Spec>& spec);
   void set_box(int64_t i, Box box) { boxes_[size_t(i)] = std::move(box); }
+  void forget_caches();  // what was being computed when memory ran out must not count as computed
   std::vector<std::pair<int64_t, Box>> layer_bounds();
   std::pair<double, double> estimate(const std::optional<Spec>& spec);  // peak bytes, FLOPs
 
@@ -87,8 +88,9 @@ class Context {
   bool sound() const { return options_.soundness != Soundness::None; }
   bool deployed() const { return options_.soundness == Soundness::Deployed; }
   bool grad() const { return grad_; }
-  int64_t extra_terms(int64_t i) const;   // 8 where a BatchNorm that may be folded in follows
-  Tensor weight(const Node& node) const;  // conv: 4-dimensional
+  int64_t extra_terms(int64_t i) const;         // 8 where a BatchNorm that may be folded in follows
+  double folded_terms(const Node& node) const;  // length of the sum that a BatchNorm may have been folded into
+  Tensor weight(const Node& node) const;        // conv: 4-dimensional
   Tensor bias(const Node& node) const { return param(node, 1); }
   Tensor param(const Node& node, size_t i) const;
 

@@ -85,9 +85,22 @@ Tensor Context::weight(const Node& node) const {
 }
 
 int64_t Context::extra_terms(int64_t i) const {
-  for (int64_t c : program_.node(i).consumers)
-    if (program_.node(c).op == Op::BatchNorm) return 8;
+  for (int64_t c : program_.node(i).consumers) {
+    const Op op = program_.node(c).op;
+    if (op == Op::BatchNorm || (op == Op::Reshape && extra_terms(c) > 0)) return 8;
+  }
   return 0;
+}
+
+// A folded BatchNorm's shift stands in the layer's sum, and every addition may round it.
+double Context::folded_terms(const Node& node) const {
+  const Node* before = &program_.node(node.inputs[0]);
+  while (before->op == Op::Reshape) before = &program_.node(before->inputs[0]);
+  if (before->op != Op::Linear && before->op != Op::Conv) return 0;
+  const Tensor w = weight(*before);
+  if (before->op == Op::Linear) return double(w.size(1));
+  const int64_t in = before->conv.transposed ? w.size(0) / before->conv.groups : w.size(1);
+  return double(in * w.size(2) * w.size(3));
 }
 
 // weight / sqrt(var + eps), relative error at most 4 roundings
@@ -239,8 +252,10 @@ Box Context::interval_step(int64_t i) {
     }
     case Op::BatchNorm: {
       const auto& [l, u] = box(node.inputs[0]);
-      return interval_scale(l, u, scale_of(node), term_of(node), magnitude_of(node),
-                            kappa(10, 10, *this, Term::BatchNorm), sound());
+      const double k = kappa(10, 10, *this, Term::BatchNorm);
+      Tensor magnitude = magnitude_of(node);
+      if (k > 0 && deployed()) magnitude = magnitude * (own_gamma(20 + folded_terms(node)) / k * (1 + 1e-5));
+      return interval_scale(l, u, scale_of(node), term_of(node), magnitude, k, sound());
     }
     case Op::MulConst: {
       const auto& [l, u] = box(node.inputs[0]);
@@ -362,6 +377,12 @@ void Context::propagate(int64_t last, bool forget) {
       if (!(first_of_ball && node.interval_exact)) refine(i, false);
     }
   }
+}
+
+void Context::forget_caches() {
+  for (auto* cache : {&lines_, &relu_lines_, &centred_lines_}) cache->clear();
+  for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
+  for (auto* cache : {&absolute_, &radius_, &charges_, &relax_charges_}) cache->clear();
 }
 
 Tensor Context::radius(int64_t i) {

@@ -107,7 +107,8 @@ Linear ForwardWalk::affine(int64_t i, const Node& node) {
   Tensor charge = apply(reach(s), w.detach().abs()) * (c_.own_gamma(terms + 6) * (1 + 4 * c_.own_gamma(terms + 6)));
   if (bias.defined()) charge = charge + bias.detach().abs() * c_.own_gamma(2);
   if (c_.deployed()) charge = charge + c_.charge(i, false);
-  return widened(out, charge + terms * (c_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022) * size_.sum());
+  const double tiny = c_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
+  return widened(out, charge + (size_.sum() * terms + reach(s).sum(1, true)) * (tiny * (1 + 1e-3)));
 }
 
 // factor and term: [B, n] or [n]
@@ -334,7 +335,8 @@ BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
     if (c_.sound()) {
       at::NoGradGuard no_grad;
       const Tensor size = reach(last).unsqueeze(1).matmul(rows.abs().transpose(1, 2)).squeeze(1);
-      out = widened(out, size * (c_.own_gamma(2.0 * double(rows.size(2)) + 6) * (1 + 1e-3)));
+      out = widened(out, size * (c_.own_gamma(2.0 * double(rows.size(2)) + 6) *
+                                 (1 + 4 * c_.own_gamma(2.0 * double(rows.size(2)) + 6))));
     }
     last = out;
   }

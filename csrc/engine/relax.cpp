@@ -192,10 +192,14 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
   Tensor e;
   if (centred)
     e = std::get<1>(products(radius(node.inputs[0]), false)) * (own * up) + centre(i).abs() * (2 * u) +
-        by_value * gamma(terms + 8, at::kDouble);
+        by_value * (gamma(terms + 8, at::kDouble) * up);
   else
     e = with_bias(by_value) * (own * up);
   if (!network) return e;
+  if (enabled(Term::Underflow)) {  // products and inputs that the network's own run loses
+    const double tiny = dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022;
+    e = e + (size.sum(1, true) * (tiny * up) + tiny * (2 * terms + 2));
+  }
   const double extra = 2 + double(extra_terms(i));
   const double longest = own_gamma(terms + extra);  // refuses chains that are too long
   Tensor chain = at::full({batch_, 1}, terms, e.options().dtype(at::kDouble));
@@ -234,8 +238,9 @@ Tensor Context::charge(int64_t i, bool centred) {
       e = affine_charge(node, i, centred);
       break;
     case Op::BatchNorm:
-      e = (size(node.inputs[0]) * spread(scale_of(node).detach().abs()) + spread(magnitude_of(node))) *
-          (enabled(Term::BatchNorm) ? roundings(10, 10) : 0);
+      if (!enabled(Term::BatchNorm)) break;
+      e = size(node.inputs[0]) * spread(scale_of(node).detach().abs()) * roundings(10, 10) +
+          spread(magnitude_of(node)) * roundings(10, 10 + folded_terms(node));
       break;
     case Op::MulConst:
     case Op::DivConst:

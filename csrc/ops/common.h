@@ -7,9 +7,16 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
+#include <torch/version.h>
 
+#include <array>
+#include <optional>
 #include <string>
 #include <vector>
+
+// Since torch 2.9 matrix products and convolutions have settings of their own.
+#define PYCERT_PRECISION_PER_OPERATOR \
+  (TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 9))
 
 namespace pycert {
 
@@ -20,6 +27,21 @@ enum class Soundness : int64_t { None = 0, Real = 1, Deployed = 2 };
 // Inside it float32 products are float32 products: no autocast, no reduced-precision matrix multiplication.
 class PrecisionGuard {
  public:
+#if PYCERT_PRECISION_PER_OPERATOR
+  PrecisionGuard() : no_autocast_(c10::autocast_dispatch_keyset) {
+    auto& context = at::globalContext();
+    for (size_t i = 0; i < kOperators.size(); ++i) {
+      saved_[i] = context.float32Precision(at::Float32Backend::MKLDNN, kOperators[i]);
+      if (reduced(saved_[i]))
+        context.setFloat32Precision(at::Float32Backend::MKLDNN, kOperators[i], at::Float32Precision::IEEE);
+    }
+  }
+  ~PrecisionGuard() {
+    for (size_t i = 0; i < kOperators.size(); ++i)
+      if (reduced(saved_[i]))
+        at::globalContext().setFloat32Precision(at::Float32Backend::MKLDNN, kOperators[i], saved_[i]);
+  }
+#else
   PrecisionGuard() : no_autocast_(c10::autocast_dispatch_keyset) {
     auto& context = at::globalContext();
     const auto precision = context.float32MatmulPrecision();
@@ -31,12 +53,21 @@ class PrecisionGuard {
   ~PrecisionGuard() {
     if (restore_ != nullptr) at::globalContext().setFloat32MatmulPrecision(restore_);
   }
+#endif
   PrecisionGuard(const PrecisionGuard&) = delete;
   PrecisionGuard& operator=(const PrecisionGuard&) = delete;
 
  private:
   c10::impl::ExcludeDispatchKeyGuard no_autocast_;
+#if PYCERT_PRECISION_PER_OPERATOR
+  static constexpr std::array<at::Float32Op, 2> kOperators{at::Float32Op::MATMUL, at::Float32Op::CONV};
+  static bool reduced(at::Float32Precision p) {
+    return p != at::Float32Precision::NONE && p != at::Float32Precision::IEEE;
+  }
+  std::array<at::Float32Precision, 2> saved_;
+#else
   const char* restore_ = nullptr;
+#endif
 };
 
 inline void check_floating(const at::Tensor& t, const char* op, const char* name) {

@@ -16,6 +16,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -145,11 +146,12 @@ void check_box(const Tensor& lower, const Tensor& upper, const char* op) {
                     lower.sizes(), " and ", upper.sizes());
 }
 
-void check_weight(const Tensor& lower, const Tensor& weight, const OptionalTensor& bias, const char* op) {
+void check_weight(const Tensor& lower, const Tensor& weight, const OptionalTensor& bias, int64_t out, const char* op) {
   check_same(lower, weight, op, "lower", "weight");
   if (!bias.has_value()) return;
   check_same(lower, *bias, op, "lower", "bias");
-  TORCH_CHECK_VALUE(bias->dim() == 1, op, ": bias must have one dimension, got ", bias->sizes());
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out, op, ": bias must have shape [", out, "], got ",
+                    bias->sizes());
 }
 
 // The constants of one affine layer: `own` chain of our product, `terms` of the network's.
@@ -238,12 +240,13 @@ Box enclose(Tensor centre, Tensor radius, const OptionalTensor& bias, const Tens
 Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
                int64_t soundness, int64_t extra_terms) {
   check_box(lower, upper, "interval_linear");
-  check_weight(lower, weight, bias, "interval_linear");
   TORCH_CHECK_VALUE(weight.dim() == 2 && lower.dim() >= 2 && lower.size(-1) == weight.size(1),
                     "interval_linear: lower must be [batch, ..., in] and weight [out, in], got ", lower.sizes(),
                     " and ", weight.sizes());
+  check_weight(lower, weight, bias, weight.size(0), "interval_linear");
   PrecisionGuard guard;
-  const int64_t count = weight.size(1), rows = weight.size(0), batch = count == 0 ? 0 : lower.numel() / count;
+  const int64_t count = weight.size(1), rows = weight.size(0),
+                batch = c10::multiply_integers(lower.sizes().slice(0, size_t(lower.dim() - 1)));
   const bool small = batch <= kSmallBatch;
   // dual_row: K / lanes additions a strand, then log2(lanes) <= 5, and the bias
   const int64_t lanes = 128 / weight.element_size();
@@ -269,10 +272,13 @@ Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
                at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms) {
   check_box(lower, upper, "interval_conv2d");
-  check_weight(lower, weight, bias, "interval_conv2d");
   TORCH_CHECK_VALUE(lower.dim() == 4 && weight.dim() == 4,
                     "interval_conv2d: lower must be [batch, channels, height, width] and weight 4-dimensional, got ",
                     lower.sizes(), " and ", weight.sizes());
+  TORCH_CHECK_VALUE(groups >= 1 && lower.size(1) == (transposed ? weight.size(0) : weight.size(1) * groups),
+                    "interval_conv2d: lower has ", lower.size(1), " channels, which weight of shape ", weight.sizes(),
+                    " with groups = ", groups, " does not fit");
+  check_weight(lower, weight, bias, transposed ? weight.size(1) * groups : weight.size(0), "interval_conv2d");
   PrecisionGuard guard;
   const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
   const int64_t per_group = transposed ? weight.size(0) / groups : weight.size(1);
