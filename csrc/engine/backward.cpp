@@ -648,7 +648,7 @@ void Walk::average(int64_t i, Rows rows) {
   const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
   const Tensor shape =
       at::zeros({1}, image.options()).expand({image.size(0), input.shape[0], input.shape[1], input.shape[2]});
-  const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
+  const auto divisor = node.pool_divisor();
   rows.data = at::avg_pool2d_backward(image, shape, node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
                                       node.count_include_pad, divisor);
   give(node.inputs[0], std::move(rows));

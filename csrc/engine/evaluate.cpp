@@ -92,9 +92,8 @@ std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs
         values[i] = in(0).sum(-1) / node.divisor;
         break;
       case Op::AvgPool:
-        values[i] = at::avg_pool2d(
-            in(0), node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode, node.count_include_pad,
-            node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override));
+        values[i] = at::avg_pool2d(in(0), node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode,
+                                   node.count_include_pad, node.pool_divisor());
         break;
       case Op::MaxPool:
         values[i] =

@@ -176,7 +176,7 @@ Box Context::reduced(const Node& node, const Box& in) {
   double terms = 0;
   const auto reduce = [&](const Tensor& t) {
     if (node.op == Op::Sum) return node.divisor == 1 ? t.sum(-1) : t.sum(-1) / node.divisor;
-    const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
+    const auto divisor = node.pool_divisor();
     return at::avg_pool2d(t, node.kernel, node.conv.stride, node.conv.padding, node.ceil_mode, node.count_include_pad,
                           divisor);
   };
@@ -198,25 +198,6 @@ Box Context::custom_step(const Node& node, const Box& in) {
 }
 
 namespace {
-
-int64_t kind_of(Op op) {
-  switch (op) {
-    case Op::LeakyRelu:
-      return int64_t(Activation::LeakyRelu);
-    case Op::PRelu:
-      return int64_t(Activation::PRelu);
-    case Op::Clamp:
-      return int64_t(Activation::Clamp);
-    case Op::Sigmoid:
-      return int64_t(Activation::Sigmoid);
-    case Op::Tanh:
-      return int64_t(Activation::Tanh);
-    case Op::Abs:
-      return int64_t(Activation::Abs);
-    default:
-      return int64_t(Activation::Relu);
-  }
-}
 
 Tensor gathered(const Tensor& t, const Node& node, int64_t batch) {
   Tensor out = t.reshape({batch, -1}).index_select(1, node.gather_clamped);

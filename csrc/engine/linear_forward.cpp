@@ -204,7 +204,7 @@ void ForwardWalk::step(int64_t i) {
     case Op::Sum:
     case Op::AvgPool: {
       const Node& input = c_.program().node(node.inputs[0]);
-      const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
+      const auto divisor = node.pool_divisor();
       const auto reduce = [&](const Tensor& t) -> Tensor {
         const int64_t count = t.numel() / input.numel;
         auto shape = t.sizes().vec();

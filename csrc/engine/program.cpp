@@ -6,6 +6,8 @@
 
 #include <numeric>
 
+#include "core/relaxation.h"
+
 namespace pycert::engine {
 
 bool is_activation(Op op) {
@@ -21,6 +23,25 @@ bool is_activation(Op op) {
       return true;
     default:
       return false;
+  }
+}
+
+int64_t kind_of(Op op) {
+  switch (op) {
+    case Op::LeakyRelu:
+      return int64_t(Activation::LeakyRelu);
+    case Op::PRelu:
+      return int64_t(Activation::PRelu);
+    case Op::Clamp:
+      return int64_t(Activation::Clamp);
+    case Op::Sigmoid:
+      return int64_t(Activation::Sigmoid);
+    case Op::Tanh:
+      return int64_t(Activation::Tanh);
+    case Op::Abs:
+      return int64_t(Activation::Abs);
+    default:
+      return int64_t(Activation::Relu);
   }
 }
 

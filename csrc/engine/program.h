@@ -72,11 +72,15 @@ struct Node {
   int64_t multiplicity = 1;               // Gather: how often one element stands in the result at most
 
   Extent extent() const;
+  std::optional<int64_t> pool_divisor() const {  // AvgPool: divisor_override, as ATen takes it
+    return divisor_override == 0 ? std::nullopt : std::optional<int64_t>(divisor_override);
+  }
   bool image() const { return shape.size() == 3; }
 };
 
 bool is_affine(Op op);
 bool is_activation(Op op);  // elementwise, relaxed by two lines
+int64_t kind_of(Op op);     // pycert::Activation of an elementwise activation
 
 class Program {
  public:

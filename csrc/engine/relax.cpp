@@ -17,23 +17,6 @@ namespace pycert::engine {
 
 namespace {
 
-int64_t kind_of(Op op) {
-  switch (op) {
-    case Op::LeakyRelu:
-      return int64_t(Activation::LeakyRelu);
-    case Op::PRelu:
-      return int64_t(Activation::PRelu);
-    case Op::Clamp:
-      return int64_t(Activation::Clamp);
-    case Op::Sigmoid:
-      return int64_t(Activation::Sigmoid);
-    case Op::Tanh:
-      return int64_t(Activation::Tanh);
-    default:
-      return int64_t(Activation::Abs);
-  }
-}
-
 Tensor flat(const Tensor& t) { return t.reshape({t.size(0), -1}); }
 
 }  // namespace
@@ -262,7 +245,7 @@ Tensor Context::charge(int64_t i, bool centred) {
     case Op::AvgPool: {
       const Node& input = program_.node(node.inputs[0]);
       const double taps = double(node.kernel[0] * node.kernel[1]);
-      const auto divisor = node.divisor_override == 0 ? std::nullopt : std::optional<int64_t>(node.divisor_override);
+      const auto divisor = node.pool_divisor();
       const Tensor mean = at::avg_pool2d(
           size(node.inputs[0]).view({batch_, input.shape[0], input.shape[1], input.shape[2]}), node.kernel,
           node.conv.stride, node.conv.padding, node.ceil_mode, node.count_include_pad, divisor);
