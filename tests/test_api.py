@@ -543,6 +543,7 @@ sent = []
 def interrupt():
     sent.append(time.perf_counter())
     os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 threading.Timer(0.3, interrupt).start()
 try:
     bm.bound(pycert.LpBall(region.x, eps=0.1), "crown")  # nearly every neuron unstable: minutes
