@@ -24,6 +24,7 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 
 #define PYCERT_LANES 8
 #include "cpu/backsub_loops.h"
+#include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
 #include "cpu/isa_table.h"
 

@@ -19,6 +19,7 @@ inline T multiply_add(T a, T b, T c) {
 
 #define PYCERT_LANES 2
 #include "cpu/backsub_loops.h"
+#include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
 #include "cpu/isa_table.h"
 

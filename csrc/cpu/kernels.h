@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/charge.h"
+
 namespace pycert::cpu {
 
 // ---- interval family -------------------------------------------------------------------------------------------
@@ -74,6 +76,36 @@ struct AddArgs {
   int64_t count;
   bool subtract, sound;
   T kappa;
+};
+
+// ---- error charges of back-substitution ------------------------------------------------------------------------
+
+// Largest |value| of boxes, and per row what the charges of the next affine layer ask of it.
+template <typename T>
+struct MagnitudeArgs {
+  const T *lower, *upper;  // [R, K]
+  T* size;                 // [R, K]
+  double* sums;            // [R]: of the sizes
+  double* live;            // [R]: how many are not zero
+  double* nonnegative;     // [R]: 1 where every lower end is >= 0
+  int64_t rows, count;
+};
+
+// core/charge.h over the outputs of an affine layer.
+template <typename T>
+struct ChargeArgs {
+  const T* absolute;                        // [R, C, inner]: |W| s
+  const T* signed_sum;                      // [R, C, inner]: W s, or null
+  const T* radius;                          // [R, C, inner]: |W| |a - centre|, or null: not centred
+  const T* centre;                          // [R, C, inner], with `radius`
+  const T* bias;                            // [C] or null
+  const double *sums, *live, *nonnegative;  // [R], of the layer's input
+  T* out;                                   // [R, C, inner]
+  int64_t rows, channels, inner;
+  ChargeFactors<T> factors;
+  bool network;                   // also the network's own roundings
+  double terms, extra, longest;   // its chain: gamma(min(terms, live) + extra), times `longest`
+  double lost_scale, lost_fixed;  // underflow: lost_scale * sums + lost_fixed; 0: not charged
 };
 
 // ---- back-substitution family ----------------------------------------------------------------------------------
@@ -202,6 +234,8 @@ struct Kernels {
   void (*dual_product)(const DualProductArgs<T>&);
   void (*scale)(const ScaleArgs<T>&);
   void (*add)(const AddArgs<T>&);
+  void (*magnitudes)(const MagnitudeArgs<T>&);
+  void (*charge)(const ChargeArgs<T>&);
   void (*relax)(const RelaxArgs<T>&);
   void (*dot)(const DotArgs<T>&);
   void (*concretize)(const ConcretizeArgs<T>&);

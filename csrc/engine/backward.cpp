@@ -458,7 +458,8 @@ void Walk::underflow(int64_t i, double terms) {
   if (!context_.sound() || !enabled(Term::Underflow)) return;
   at::NoGradGuard no_grad;
   const double tiny = context_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
-  underflow_ = underflow_ + size_of(i).sum(1, false, at::kDouble) * (tiny * (terms + 2) * (1 + 1e-6));
+  const Tensor sum = centred_ ? context_.radius(i).sum(1, false, at::kDouble) : context_.absolute_sum(i);
+  underflow_ = at::add(underflow_, sum, tiny * (terms + 2) * (1 + 1e-6));
 }
 
 // ---- steps -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #include <unordered_map>
 
 #include "engine/program.h"
+#include "ops/charge.h"
 
 namespace pycert::engine {
 
@@ -76,11 +77,9 @@ class Context {
   void propagate(int64_t last, bool forget = false);  // interval (and refined) bounds of nodes 0..last
   Box interval_step(int64_t i);                       // of one node from those of its inputs
   const Box& box(int64_t i) const { return boxes_[size_t(i)]; }
-  Tensor absolute(int64_t i);  // [B, n]: largest |value|
   // Centred walks follow value - centre(i): our roundings then multiply a radius instead of a value.
   bool centred() const { return !centres_.empty(); }
   const Tensor& centre(int64_t i) const { return centres_[size_t(i)]; }  // [B, n]
-  Tensor radius(int64_t i);                                              // [B, n]: largest |value - centre|
   Tensor scale_of(const Node& node) const;  // factor of MulConst, DivConst, BatchNorm: [1], [C] or [n]
   Tensor term_of(const Node& node) const;   // what AddConst or BatchNorm adds
   Tensor magnitude_of(const Node& node) const;
@@ -100,6 +99,11 @@ class Context {
   const PoolLines& pool_lines(int64_t pool);
   const Lines& centred_lines(int64_t activation);  // with intercepts for value - centre; max2, min2: of their relu
   const PoolLines& centred_pool_lines(int64_t pool);
+
+  // charges.cpp
+  Tensor absolute(int64_t i);              // [B, n]: largest |value|
+  Tensor absolute_sum(int64_t i);          // [B] double: their sum
+  Tensor radius(int64_t i);                // [B, n]: largest |value - centre|
   Tensor charge(int64_t i, bool centred);  // [B, n]: error of a back-substitution step through affine node i
   Tensor relax_charge(int64_t i, bool with_node, bool centred);
 
@@ -117,6 +121,7 @@ class Context {
   void refine(int64_t i, bool all);
   Tensor unstable(int64_t i) const;
   Tensor affine_charge(const Node& node, int64_t i, bool centred);
+  const Magnitudes& sizes(int64_t i);
   void find_centres();
 
   const Program& program_;
@@ -132,7 +137,8 @@ class Context {
   std::vector<Tensor> centres_;
   std::unordered_map<int64_t, Lines> lines_, relu_lines_, centred_lines_;
   std::unordered_map<int64_t, PoolLines> pool_lines_, centred_pool_lines_;
-  std::unordered_map<int64_t, Tensor> absolute_, radius_, charges_, relax_charges_;
+  std::unordered_map<int64_t, Magnitudes> sizes_;
+  std::unordered_map<int64_t, Tensor> radius_, charges_, relax_charges_;
 };
 
 // Bounds by linear functions of the input that are propagated forward (linear_forward.cpp).

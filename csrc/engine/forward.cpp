@@ -363,28 +363,8 @@ void Context::propagate(int64_t last, bool forget) {
 void Context::forget_caches() {
   for (auto* cache : {&lines_, &relu_lines_, &centred_lines_}) cache->clear();
   for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
-  for (auto* cache : {&absolute_, &radius_, &charges_, &relax_charges_}) cache->clear();
-}
-
-Tensor Context::radius(int64_t i) {
-  auto [found, fresh] = radius_.try_emplace(i);
-  if (fresh) {
-    at::NoGradGuard no_grad;
-    const Tensor lower = std::get<0>(box(i)).reshape({batch_, -1}), upper = std::get<1>(box(i)).reshape({batch_, -1});
-    const Tensor reach = at::maximum((upper - centre(i)).abs(), (centre(i) - lower).abs());
-    found->second = reach * (1 + 4 * own_gamma(1));
-  }
-  return found->second;
-}
-
-Tensor Context::absolute(int64_t i) {
-  auto [found, fresh] = absolute_.try_emplace(i);
-  if (fresh) {
-    at::NoGradGuard no_grad;
-    const auto& [lower, upper] = box(i);
-    found->second = at::maximum(lower.detach().abs(), upper.detach().abs()).reshape({batch_, -1});
-  }
-  return found->second;
+  for (auto* cache : {&radius_, &charges_, &relax_charges_}) cache->clear();
+  sizes_.clear();
 }
 
 }  // namespace pycert::engine

@@ -1,0 +1,198 @@
+// The error charges of a back-substitution step.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/avg_pool2d.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/stack.h>
+
+#include "engine/context.h"
+#include "ops/charge.h"
+#include "ops/testing.h"
+
+namespace pycert::engine {
+
+namespace {
+
+// W t and |W| t of a layer's input [R, K] or [R, C, H, W]; the first only where asked for.
+Box affine_products(const Node& node, const Tensor& weight, const Tensor& t, bool signed_too) {
+  if (node.op == Op::Linear) return linear_products(weight, t, t, signed_too);
+  return {signed_too ? direct_conv2d(t, weight, node.conv) : Tensor(), direct_conv2d(t, weight.abs(), node.conv)};
+}
+
+}  // namespace
+
+const Magnitudes& Context::sizes(int64_t i) {
+  auto [found, fresh] = sizes_.try_emplace(i);
+  if (fresh) {
+    const auto& [lower, upper] = box(i);
+    const Node& node = program_.node(i);
+    int64_t length = node.numel;  // a linear layer's sum runs over the last dimension
+    for (int64_t c : node.consumers)
+      if (program_.node(c).op == Op::Linear) length = node.shape.back();
+    found->second = magnitudes(lower, upper, std::max<int64_t>(1, length));
+  }
+  return found->second;
+}
+
+Tensor Context::absolute(int64_t i) { return sizes(i).size.reshape({batch_, -1}); }
+
+Tensor Context::absolute_sum(int64_t i) {
+  const Tensor sums = sizes(i).stats.select(0, 0);
+  return sums.size(0) == batch_ ? sums : sums.reshape({batch_, -1}).sum(1);
+}
+
+Tensor Context::radius(int64_t i) {
+  auto [found, fresh] = radius_.try_emplace(i);
+  if (fresh) {
+    at::NoGradGuard no_grad;
+    const Tensor lower = std::get<0>(box(i)).reshape({batch_, -1}), upper = std::get<1>(box(i)).reshape({batch_, -1});
+    const Tensor reach = at::maximum((upper - centre(i)).abs(), (centre(i) - lower).abs());
+    found->second = reach * (1 + 4 * own_gamma(1));
+  }
+  return found->second;
+}
+
+// Of z = W a + b; see core/charge.h. A convolution's W s is worth its time beside full back-substitution alone.
+Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
+  PrecisionGuard guard;
+  const bool dense = node.op == Op::Linear;
+  const Tensor plain = weight(node).detach();
+  double ours = double(blocked_chain(plain.size(0))), terms = double(plain.size(1));
+  if (!dense) {
+    const int64_t taps = plain.size(2) * plain.size(3), groups = node.conv.groups;
+    ours = double((node.conv.transposed ? plain.size(1) : plain.size(0) / groups) * taps);
+    terms = double((node.conv.transposed ? plain.size(0) / groups : plain.size(1)) * taps);
+  }
+  const int64_t channels = dense ? plain.size(0) : node.shape[0];
+  const Node& input = program_.node(node.inputs[0]);
+  const auto shaped = [&](const Tensor& t) {
+    return dense ? t.reshape({-1, plain.size(1)}) : t.reshape({batch_, input.shape[0], input.shape[1], input.shape[2]});
+  };
+  const double u = dtype_ == at::kFloat ? 0x1p-24 : 0x1p-53, tiny = dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022;
+  ChargeConstants k;
+  k.up = (1 + 2 * own_gamma(terms + 6)) * (1 + 1e-5);
+  k.own = enabled(Term::BacksubOwn) ? own_gamma(ours + 4) : 0;
+  k.partial = own_gamma(terms + 6);
+  k.network = deployed() && enabled(Term::BacksubDeployed);
+  if (k.network) {
+    k.terms = terms;
+    k.extra = 2 + double(extra_terms(i));
+    k.longest = (1 + own_gamma(terms + k.extra)) * (1 + 1e-6);  // refuses chains that are too long
+    if (enabled(Term::Underflow)) {                             // products and inputs that the network's own run loses
+      k.lost_scale = tiny * k.up;
+      k.lost_fixed = tiny * (2 * terms + 2);
+    }
+  }
+  const auto outputs = [&](const Tensor& t) { return t.defined() ? t.reshape({t.size(0), channels, -1}) : t; };
+  AffineSums sums;
+  const bool with_signed = k.network && (dense || options_.method == Method::Crown);
+  const auto [signed_sum, absolute_value] =
+      affine_products(node, plain, shaped(sizes(node.inputs[0]).size), with_signed);
+  sums.signed_sum = outputs(signed_sum);
+  sums.absolute = outputs(absolute_value);
+  if (bias(node).defined()) sums.bias = bias(node).detach();
+  if (centred) {
+    k.centre = 2 * u;
+    k.exact = gamma(terms + 8, at::kDouble);
+    sums.radius = outputs(std::get<1>(affine_products(node, plain, shaped(radius(node.inputs[0])), false)));
+    sums.centre = centre(i).reshape(sums.absolute.sizes());
+  }
+  Tensor stats = sizes(node.inputs[0]).stats;
+  if (stats.size(1) != sums.absolute.size(0)) {  // the input also feeds a layer of other runs
+    const Tensor parts = stats.reshape({3, sums.absolute.size(0), -1});
+    stats = at::stack({parts[0].sum(1), parts[1].sum(1), parts[2].amin(1)});
+  }
+  return pycert::affine_charge(sums, stats, k).reshape({batch_, -1});
+}
+
+Tensor Context::charge(int64_t i, bool centred) {
+  if (!sound()) return {};
+  auto [found, fresh] = charges_.try_emplace(2 * i + (centred ? 1 : 0));
+  if (!fresh) return found->second;
+  at::NoGradGuard no_grad;
+  const Node& node = program_.node(i);
+  const auto roundings = [&](double own, double network) {
+    double factor = enabled(Term::BacksubOwn) && own > 0 ? own_gamma(own) : 0;
+    if (deployed() && enabled(Term::BacksubDeployed) && network > 0) factor += own_gamma(network);
+    return factor * (1 + 1e-6);
+  };
+  const auto spread = [&](const Tensor& t) {  // [1], [C] or [n] to [n]
+    if (t.numel() == 1) return t.expand({node.numel});
+    return t.numel() == node.numel ? t : t.view({-1, 1}).expand({t.numel(), node.numel / t.numel()}).reshape({-1});
+  };
+  // what our roundings multiply may be |value - centre|, which can exceed |value|
+  const auto size = [&](int64_t j) { return centred ? at::maximum(absolute(j), radius(j)) : absolute(j); };
+  Tensor e;
+  switch (node.op) {
+    case Op::Linear:
+    case Op::Conv:
+      e = affine_charge(node, i, centred);
+      break;
+    case Op::BatchNorm:
+      if (!enabled(Term::BatchNorm)) break;
+      e = size(node.inputs[0]) * spread(scale_of(node).detach().abs()) * roundings(10, 10) +
+          spread(magnitude_of(node)) * roundings(10, 10 + folded_terms(node));
+      break;
+    case Op::MulConst:
+    case Op::DivConst:
+      if (node.value.has_value() && std::abs(*node.value) == 1) break;
+      e = size(node.inputs[0]) * spread(scale_of(node).detach().abs()) * roundings(5, 3);
+      break;
+    case Op::AddConst:
+      e = (size(node.inputs[0]) + spread(term_of(node).detach().abs())) * roundings(2, 2);
+      break;
+    case Op::Add:
+      e = absolute(i) * roundings(0, 2);
+      break;
+    case Op::Sum: {
+      const int64_t terms = program_.node(node.inputs[0]).shape.back();
+      e = size(node.inputs[0]).view({batch_, -1, terms}).sum(-1) *
+          (roundings(4, double(terms) + 2) * (1 + 1e-3) / std::abs(node.divisor));
+      break;
+    }
+    case Op::AvgPool: {
+      const Node& input = program_.node(node.inputs[0]);
+      const double taps = double(node.kernel[0] * node.kernel[1]);
+      const auto divisor = node.pool_divisor();
+      const Tensor mean = at::avg_pool2d(
+          size(node.inputs[0]).view({batch_, input.shape[0], input.shape[1], input.shape[2]}), node.kernel,
+          node.conv.stride, node.conv.padding, node.ceil_mode, node.count_include_pad, divisor);
+      e = mean.reshape({batch_, -1}) * (roundings(taps + 4, taps + 2) * (1 + 1e-3));
+      break;
+    }
+    case Op::MaxPool: {  // up to K overlapping windows add up at one element, after one product
+      const double taps = double(node.pool_index.size(1));
+      const Tensor all = size(node.inputs[0]).index_select(1, node.pool_index.clamp_min(0).flatten());
+      e = all.view({batch_, node.numel, -1}).masked_fill(node.pool_index.lt(0), 0).sum(-1) *
+          (roundings(taps + 4, 0) * (1 + 1e-3));
+      break;
+    }
+    case Op::Gather:
+      if (node.multiplicity > 1) e = size(i) * roundings(double(node.multiplicity) + 1, 0);
+      break;
+    default:
+      break;
+  }
+  if (centred && node.op != Op::Linear && node.op != Op::Conv && node.op != Op::MaxPool && node.op != Op::Reshape) {
+    const Tensor rest = centre(i).abs() * (2 * (dtype_ == at::kFloat ? 0x1p-24 : 0x1p-53));  // the centre's rounding
+    e = e.defined() ? e + rest : rest;
+  }
+  if (e.defined()) e = e.contiguous();
+  found->second = e;
+  return e;
+}
+
+// |z|, or |z - centre|, of the rounding of coefficient * slope, with the charge of the affine node itself where both
+// are taken at once.
+Tensor Context::relax_charge(int64_t i, bool with_node, bool centred) {
+  if (!sound()) return {};
+  auto [found, fresh] = relax_charges_.try_emplace(4 * i + (with_node ? 1 : 0) + (centred ? 2 : 0));
+  if (fresh) {
+    at::NoGradGuard no_grad;
+    const double factor = enabled(Term::BacksubOwn) ? own_gamma(3) : 0;
+    const Tensor size = centred ? radius(i) : absolute(i), node = with_node ? charge(i, centred) : Tensor();
+    found->second = (node.defined() ? at::add(node, size, factor) : size * factor).mul_(1 + 1e-6);
+  }
+  return found->second;
+}
+
+}  // namespace pycert::engine
