@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import nets
 import pycert
@@ -341,6 +342,24 @@ def test_chunks_do_not_change_the_bounds(memory):
         parts = bm.bound(where, method="crown", soundness="none", memory=memory)
     torch.testing.assert_close(whole.lower, parts.lower, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(whole.upper, parts.upper, rtol=1e-10, atol=1e-12)
+
+
+def test_dead_neurons_are_left_out_per_sample():
+    """Wide layers, where every sample's rows are multiplied with the columns of its own live neurons alone."""
+    torch.manual_seed(3)
+    sizes = [nn.Linear(12, 200), nn.ReLU(), nn.Linear(200, 180), nn.ReLU(), nn.Linear(180, 3)]
+    net, x = nn.Sequential(*sizes).double(), torch.randn(5, 12, dtype=F64)
+    bm, graph, plain = pycert.BoundedModule(net, x), trace(net, x), {"method": "crown", "soundness": "none"}
+    with torch.no_grad():
+        hidden, second = bm.layer_bounds(pycert.LpBall(x, eps=0.15), **plain).values()
+        assert (hidden.upper < 0).double().mean() > 0.15
+        assert ((second.lower < 0) & (second.upper > 0)).sum(1).min() > 50  # rows enough to pay
+        whole = bm.bound(pycert.LpBall(x, eps=0.15), **plain)
+        assert_same(whole, reference.bound(graph, pycert.LpBall(x, eps=0.15), "crown"))
+        for memory in ("1GiB", "1MiB", "300KiB"):
+            for order in ([0, 1, 2, 3, 4], [4, 2], [3], [1, 0, 3]):
+                some = bm.bound(pycert.LpBall(x[order], eps=0.15), memory=memory, **plain)
+                assert_same(some, (whole.lower[order], whole.upper[order]))
 
 
 def test_a_batch_of_one():

@@ -166,6 +166,29 @@ def test_strided_and_empty_inputs():
     assert concretize(A[:, :0], c[:, :0], region).shape == (2, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(
+    "rows, terms, columns", [(1, 1, 1), (5, 31, 33), (24, 64, 32), (29, 300, 71), (13, 700, 5)]
+)
+def test_products_of_rows(rows, terms, columns, dtype):
+    """Within the error bound of its blocks, and with the columns of A that are left out taken for zero."""
+    a, b = draw(rows, terms, seed=1, dtype=dtype), draw(terms, columns, seed=2, dtype=dtype)
+    live = draw(2, terms, seed=3) > 0.3
+    cut = rows // 3
+    segments, starts = torch.tensor([0, cut, rows]), torch.tensor([0, int(live[0].sum()), int(live.sum())])
+    mask = torch.cat([live[:1].expand(cut, terms), live[1:].expand(rows - cut, terms)])
+    own = pycert._C.isa() != "portable"  # which leaves the product to ATen
+    chain = min(terms, 32) + math.ceil(terms / 32) if own else terms
+    product = torch.ops.pycert.rows_product
+    for found, left in (
+        (product(a, b, None, None, None), a),
+        (product(a * mask, b, segments, live.nonzero()[:, 1].contiguous(), starts), a * mask),
+    ):
+        exact, size = left.double() @ b.double(), left.double().abs() @ b.double().abs()
+        slack = chain * torch.finfo(dtype).eps / 2 * size * 1.001 + 1e-15 * size
+        assert ((found.double() - exact).abs() <= slack).all()
+
+
 def test_half_precision_is_for_autocast_only():
     x, weight, kernel = torch.rand(2, 4), torch.rand(3, 4), torch.rand(2, 1, 2, 2)
     image, region = torch.rand(1, 1, 4, 4), pycert.LpBall(torch.rand(2, 4), 0.1)

@@ -1,6 +1,38 @@
 // Loops of the error charges; compiled once per instruction set (isa_*.cpp), inside namespace pycert::cpu::<isa>.
 // No include guard on purpose.
 
+// Upper bound of a sum of `count` squares; those of doubles may underflow.
+template <typename T>
+PYCERT_INLINE double squares_up(double sum, int64_t count) {
+  return sum * (1 + double(count + 8) * 0x1p-52) + (sizeof(T) == 8 ? double(count) * 0x1p-1020 : 0);
+}
+
+template <typename T>
+void squares(const SquaresArgs<T>& a) {
+  at::parallel_for(0, a.rows, 1 + 16384 / std::max<int64_t>(1, a.count * a.inner), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* values = a.values + row * a.count * a.inner;
+      double* out = a.out + row * a.inner;
+      if (a.inner == 1) {
+        Doubles sum{};
+        for_lanes(a.count, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+          const Doubles value = widen(memory.load(values + k));
+          sum += value * value;
+        });
+        out[0] = squares_up<T>(total(sum), a.count);
+        continue;
+      }
+      std::fill(out, out + a.inner, 0.0);
+      for (int64_t k = 0; k < a.count; ++k)
+        for (int64_t i = 0; i < a.inner; ++i) {
+          const double value = double(values[k * a.inner + i]);
+          out[i] += value * value;
+        }
+      for (int64_t i = 0; i < a.inner; ++i) out[i] = squares_up<T>(out[i], a.count);
+    }
+  });
+}
+
 template <typename T>
 void magnitudes(const MagnitudeArgs<T>& a) {
   at::parallel_for(0, a.rows, a.count > 0 ? 1 + 16384 / a.count : 1, [&](int64_t begin, int64_t end) {
@@ -9,38 +41,55 @@ void magnitudes(const MagnitudeArgs<T>& a) {
       const T* upper = a.upper + row * a.count;
       T* size = a.size + row * a.count;
       constexpr int kStrandsOfSum = 8;
-      double sums[kStrandsOfSum] = {};
+      double sums[kStrandsOfSum] = {}, squares[kStrandsOfSum] = {};
       int64_t zeros = 0, negative = 0;
-      const auto step = [&](int64_t k, double& sum) PYCERT_INLINED {
+      const auto step = [&](int64_t k, int j) PYCERT_INLINED {
         const T low = std::abs(lower[k]), high = std::abs(upper[k]);
         const T largest = low > high ? low : high;
         size[k] = largest;
         zeros += largest == T(0);
         negative += !(lower[k] >= T(0));  // NaN too
-        sum += double(largest);
+        sums[j] += double(largest);
+        squares[j] += double(largest) * double(largest);
       };
       int64_t k = 0;
       for (; k + kStrandsOfSum <= a.count; k += kStrandsOfSum)
-        for (int j = 0; j < kStrandsOfSum; ++j) step(k + j, sums[j]);
-      for (; k < a.count; ++k) step(k, sums[0]);
-      double sum = 0;
-      for (double part : sums) sum += part;
+        for (int j = 0; j < kStrandsOfSum; ++j) step(k + j, j);
+      for (; k < a.count; ++k) step(k, 0);
+      double sum = 0, square = 0;
+      for (int j = 0; j < kStrandsOfSum; ++j) {
+        sum += sums[j];
+        square += squares[j];
+      }
       a.sums[row] = sum;
+      a.squares[row] = squares_up<T>(square, a.count);
       a.live[row] = double(a.count - zeros);
       a.nonnegative[row] = negative == 0 ? 1 : 0;
     }
   });
 }
 
+// Outputs [at, at + length); `absolute` is theirs alone, `bias` that of the first, with the step to the next.
 template <bool kCentred, bool kNonnegative, typename T>
-void charge_run(const ChargeArgs<T>& a, int64_t at, int64_t length, const T* bias, int64_t bias_step, T network,
-                T lost) {
+void charge_run(const ChargeArgs<T>& a, int64_t at, int64_t length, const T* absolute, const T* bias, int64_t bias_step,
+                T network, T lost) {
   for (int64_t k = 0; k < length; ++k) {
     const int64_t i = at + k;
     const T b = bias == nullptr ? T(0) : std::abs(bias[k * bias_step]);
-    const ChargeElement<T> z{a.absolute[i], kNonnegative ? a.signed_sum[i] : T(0), b, kCentred ? a.radius[i] : T(0),
+    const ChargeElement<T> z{absolute[k], kNonnegative ? a.signed_sum[i] : T(0), b, kCentred ? a.radius[i] : T(0),
                              kCentred ? a.centre[i] : T(0)};
     a.out[i] = charge_of<kCentred, kNonnegative>(z, a.factors, network, lost);
+  }
+}
+
+// |W_c . s| <= ||W_c|| ||s|| for channels [first, first + count) and all their pixels.
+template <typename T>
+void cauchy_run(const ChargeArgs<T>& a, int64_t row, int64_t first, int64_t count, T* out) {
+  const int64_t per_group = a.channels / a.groups;
+  for (int64_t c = 0; c < count; ++c) {
+    const double* window = a.window_squares + (row * a.groups + (first + c) / per_group) * a.inner;
+    const double weight = a.weight_squares[first + c];
+    for (int64_t i = 0; i < a.inner; ++i) out[c * a.inner + i] = round_up<T>(std::sqrt(weight) * std::sqrt(window[i]));
   }
 }
 
@@ -48,6 +97,7 @@ template <typename T>
 void charge(const ChargeArgs<T>& a) {
   const int64_t size = a.channels * a.inner;
   at::parallel_for(0, a.rows, size > 0 ? 1 + 16384 / size : 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> bound(a.absolute == nullptr ? size_t(a.inner == 1 ? size : a.inner) : 0);
     for (int64_t row = begin; row < end; ++row) {
       T network = 0, lost = 0;
       if (a.network) {
@@ -59,11 +109,14 @@ void charge(const ChargeArgs<T>& a) {
       const bool centred = a.radius != nullptr;
       const auto run = centred ? (nonnegative ? charge_run<true, true, T> : charge_run<true, false, T>)
                                : (nonnegative ? charge_run<false, true, T> : charge_run<false, false, T>);
-      if (a.inner == 1) {
-        run(a, row * size, size, a.bias, 1, network, lost);
-      } else {
-        for (int64_t c = 0; c < a.channels; ++c)
-          run(a, row * size + c * a.inner, a.inner, a.bias == nullptr ? nullptr : a.bias + c, 0, network, lost);
+      // a vector in one run, an image channel by channel
+      const bool vector = a.inner == 1;
+      const int64_t channels = vector ? a.channels : 1;
+      for (int64_t c = 0; c < a.channels; c += channels) {
+        const int64_t at = row * size + c * a.inner;
+        if (a.absolute == nullptr) cauchy_run(a, row, c, channels, bound.data());
+        run(a, at, channels * a.inner, a.absolute == nullptr ? bound.data() : a.absolute + at,
+            a.bias == nullptr ? nullptr : a.bias + c, vector ? 1 : 0, network, lost);
       }
     }
   });

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "core/backsub.h"
 #include "core/interval.h"
@@ -26,6 +27,7 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 #include "cpu/backsub_loops.h"
 #include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
+#include "cpu/product_loops.h"
 #include "cpu/isa_table.h"
 
 }  // namespace pycert::cpu::avx512

@@ -1,4 +1,12 @@
 // Included at the end of every isa_*.cpp, inside namespace pycert::cpu::<isa>: the table of what was compiled there.
+#if PYCERT_LANES > 2
+template <typename T>
+inline constexpr auto kProduct = product<T>;
+#else
+template <typename T>
+inline constexpr void (*kProduct)(const ProductArgs<T>&) = nullptr;
+#endif
+
 template <typename T>
 inline constexpr Kernels<T> kTable = {prepare<T>,
                                       enclose<T>,
@@ -6,7 +14,9 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       scale<T>,
                                       add<T>,
                                       magnitudes<T>,
+                                      squares<T>,
                                       charge<T>,
+                                      kProduct<T>,
                                       relax<T>,
                                       dot<T>,
                                       concretize<T>,

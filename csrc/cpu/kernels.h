@@ -88,13 +88,25 @@ struct MagnitudeArgs {
   double* sums;            // [R]: of the sizes
   double* live;            // [R]: how many are not zero
   double* nonnegative;     // [R]: 1 where every lower end is >= 0
+  double* squares;         // [R]: sum of the squared sizes, rounded up
   int64_t rows, count;
+};
+
+// Sums of squares in double, rounded up: over the `count` values in the middle of [rows, count, inner].
+template <typename T>
+struct SquaresArgs {
+  const T* values;
+  double* out;  // [rows, inner]
+  int64_t rows, count, inner;
 };
 
 // core/charge.h over the outputs of an affine layer.
 template <typename T>
 struct ChargeArgs {
-  const T* absolute;                        // [R, C, inner]: |W| s
+  const T* absolute;             // [R, C, inner]: |W| s; or null, and Cauchy's bound ||W_c|| ||s||:
+  const double* weight_squares;  // [C]: ||W_c||^2
+  const double* window_squares;  // [R, groups, inner]: ||s||^2 over what the output reads
+  int64_t groups;
   const T* signed_sum;                      // [R, C, inner]: W s, or null
   const T* radius;                          // [R, C, inner]: |W| |a - centre|, or null: not centred
   const T* centre;                          // [R, C, inner], with `radius`
@@ -109,6 +121,22 @@ struct ChargeArgs {
 };
 
 // ---- back-substitution family ----------------------------------------------------------------------------------
+
+// C = A B, in blocks of kProductBlock (product_loops.h). Rows come in segments; those of one segment may leave out
+// columns of A, with the rows of B that belong to them.
+template <typename T>
+struct ProductArgs {
+  const T* a;  // [M, inner]
+  const T* b;  // [inner, columns]
+  T* c;        // [M, columns]
+  int64_t segments;
+  const int64_t* rows;  // [segments + 1]: first row of each, and M
+  int64_t inner, columns;
+  const int64_t* live;    // columns of A that count, segment by segment; null: all
+  const int64_t* starts;  // [segments + 1] into `live`
+};
+
+inline constexpr int64_t kProductBlock = 32;
 
 // Where the coefficients of a row stand: the whole [C, H, W] value, or a window of it whose corner moves with the
 // row: corner = stride * position(row) + offset. Elements outside the image belong to padding and count as zero.
@@ -235,7 +263,9 @@ struct Kernels {
   void (*scale)(const ScaleArgs<T>&);
   void (*add)(const AddArgs<T>&);
   void (*magnitudes)(const MagnitudeArgs<T>&);
+  void (*squares)(const SquaresArgs<T>&);
   void (*charge)(const ChargeArgs<T>&);
+  void (*product)(const ProductArgs<T>&);  // null: ATen's is faster
   void (*relax)(const RelaxArgs<T>&);
   void (*dot)(const DotArgs<T>&);
   void (*concretize)(const ConcretizeArgs<T>&);

@@ -9,6 +9,7 @@
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -66,11 +67,12 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
   }
 };
 
-// mm_blocked with gradient; without it autocast would form the gradients in half precision.
+// rows_product with gradient; without it autocast would form the gradients in half precision.
 struct ProductFunction : torch::autograd::Function<ProductFunction> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& a, const Tensor& b) {
+    at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({a, b});
-    return mm_blocked(a, b);
+    return rows_product(a, b);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
@@ -81,9 +83,10 @@ struct ProductFunction : torch::autograd::Function<ProductFunction> {
   }
 };
 
-Tensor product(const Tensor& a, const Tensor& b) {
-  PrecisionGuard guard;
-  return any_needs_grad(a, b) ? ProductFunction::apply(a, b) : mm_blocked(a, b);
+Tensor product(const Tensor& a, const Tensor& b, const LiveColumns& live) {
+  if (any_needs_grad(a, b)) return ProductFunction::apply(a, b);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return rows_product(a, b, live);
 }
 
 // rows . bias with gradient; the value comes from the kernel. Rows are their own and dense over the channels.
@@ -179,7 +182,6 @@ Walk::Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep
   sums_ = at::zeros({3, index_.count()}, options);
   value_ = at::zeros({index_.count()}, options);
   value_magnitude_ = at::zeros({index_.count()}, options);
-  underflow_ = at::zeros({context_.batch()}, options);
 }
 
 bool Walk::stops(int64_t i) const {
@@ -458,8 +460,8 @@ void Walk::underflow(int64_t i, double terms) {
   if (!context_.sound() || !enabled(Term::Underflow)) return;
   at::NoGradGuard no_grad;
   const double tiny = context_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
-  const Tensor sum = centred_ ? context_.radius(i).sum(1, false, at::kDouble) : context_.absolute_sum(i);
-  underflow_ = at::add(underflow_, sum, tiny * (terms + 2) * (1 + 1e-6));
+  lost_sums_.push_back(centred_ ? context_.radius(i).sum(1, false, at::kDouble) : context_.absolute_sum(i));
+  lost_factors_.push_back(tiny * (terms + 2) * (1 + 1e-6));
 }
 
 // ---- steps -------------------------------------------------------------------------------------------------------
@@ -483,7 +485,29 @@ void Walk::relax(int64_t input, const Lines& lines, Rows rows) {
   next.data = out;
   next.window = rows.window;
   next.charged = fuse;
+  if (lines.zero_where_flat) next.dead_outside = input;
   give(input, std::move(next));
+}
+
+// Columns that the ReLU after value i leaves alive, where every sample has rows enough to pay for a product of its own.
+LiveColumns Walk::live_columns(int64_t value) {
+  constexpr int64_t kRowsThatPay = 48;
+  constexpr double kShareThatPays = 0.85;
+  if (!segments_.defined()) {
+    std::vector<int64_t> starts{0}, samples;
+    const Tensor sample = index_.sample.contiguous();
+    const int64_t* of = sample.const_data_ptr<int64_t>();
+    for (int64_t q = 0; q < index_.count(); ++q) {
+      if (q > 0 && of[q] != of[q - 1]) starts.push_back(q);
+      if (samples.size() < starts.size()) samples.push_back(of[q]);
+    }
+    starts.push_back(index_.count());
+    segments_ = at::tensor(starts);
+    segment_samples_ = samples;
+  }
+  const int64_t count = int64_t(segment_samples_.size());
+  if (count == 0 || (count > 1 && index_.count() < count * kRowsThatPay)) return {};
+  return context_.live_columns(value, segments_, segment_samples_, kShareThatPays);
 }
 
 void Walk::linear(int64_t i, Rows rows) {
@@ -499,9 +523,10 @@ void Walk::linear(int64_t i, Rows rows) {
     return give(node.inputs[0], std::move(next));
   }
   rows = dense(i, written(i, std::move(rows)));
-  PrecisionGuard guard;
   const int64_t count = rows.data.size(0);
-  next.data = product(rows.data.reshape({count * pre, out}), weight).view({count, pre * in});
+  const bool plain = pre == 1 && !rows.source.source.defined();
+  const LiveColumns live = plain && rows.dead_outside == i ? live_columns(i) : LiveColumns();
+  next.data = product(rows.data.reshape({count * pre, out}), weight, live).view({count, pre * in});
   next.source = rows.source;
   give(node.inputs[0], std::move(next));
 }
@@ -732,8 +757,11 @@ WalkResult Walk::finish() {
       // Sums of `terms_` doubles: gamma_N(2^-53) of the magnitudes; charges are inflated for their own roundings.
       const double of_sums = enabled(Term::BacksubConstant) ? gamma(terms_ + 64, at::kDouble) : 0;
       const double lost = enabled(Term::Underflow) ? (terms_ + 64) * 0x1p-1021 : 0;  // products of doubles
-      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums +
-                       (underflow_.index_select(0, index_.sample) + lost);
+      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + lost;
+      if (!lost_sums_.empty()) {
+        const Tensor of_samples = at::stack(lost_sums_, 1).mv(at::tensor(lost_factors_, sums_.options()));
+        constant_error = constant_error + of_samples.index_select(0, index_.sample);
+      }
       error = constant_error + value_magnitude_ * of_sums;
     }
   }

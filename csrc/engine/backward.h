@@ -11,11 +11,12 @@ struct Rows {
   Tensor data;       // [T, *shape or window]; undefined for unit rows
   RowSource source;  // which table row, and the sign
   Window window;
-  bool inside = true;    // windows: nothing outside the image is nonzero
-  bool charged = false;  // constants and error charges of this node are in already
-  Tensor element;        // unit rows: [Q] int64, element of the flattened value
-  Tensor scale;          // unit rows: [1], [C] or [n] factor; undefined: 1
-  bool at_start = true;  // unit rows: `element` is still where the row started, so that positions hold
+  bool inside = true;         // windows: nothing outside the image is nonzero
+  bool charged = false;       // constants and error charges of this node are in already
+  int64_t dead_outside = -1;  // the value whose ReLU the rows just went through: dead neurons have zero columns
+  Tensor element;             // unit rows: [Q] int64, element of the flattened value
+  Tensor scale;               // unit rows: [1], [C] or [n] factor; undefined: 1
+  bool at_start = true;       // unit rows: `element` is still where the row started, so that positions hold
   bool unit() const { return !data.defined(); }
 };
 
@@ -47,6 +48,7 @@ class Walk {
   void start_constant(int64_t start, const Rows& rows);
   void relax(int64_t input, const Lines& lines, Rows rows);  // through an activation of value `input`
   void linear(int64_t i, Rows rows);
+  LiveColumns live_columns(int64_t value);
   void conv(int64_t i, Rows rows);
   void scale(int64_t i, Rows rows);
   void gather(int64_t i, Rows rows);
@@ -66,7 +68,11 @@ class Walk {
   Tensor value_;  // [Q] double: concretised terms
   Tensor value_magnitude_;
   double terms_ = 0;  // number of terms summed, for the error of the sums themselves
-  Tensor underflow_;  // [] double
+  // Of every underflow(): [B] double, and what it is multiplied by.
+  std::vector<Tensor> lost_sums_;
+  std::vector<double> lost_factors_;
+  Tensor segments_;  // runs of rows of one sample, and whose they are
+  std::vector<int64_t> segment_samples_;
   std::vector<Tensor> linear_;
 };
 

@@ -218,6 +218,7 @@ void Context::refine(int64_t i, bool all) {
   boxes_[size_t(i)] = {flat_lower.index_put({sample, element}, lower).view(old_lower.sizes()),
                        flat_upper.index_put({sample, element}, upper).view(old_upper.sizes())};
   sizes_.erase(i);  // these were of the wider box
+  live_.erase(i);
   radius_.erase(i);
   for (int64_t key : {2 * i, 2 * i + 1}) charges_.erase(key);
   for (int64_t key = 4 * i; key < 4 * i + 4; ++key) relax_charges_.erase(key);

@@ -2,6 +2,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 
 #include "engine/context.h"
@@ -51,22 +52,30 @@ Tensor Context::radius(int64_t i) {
   return found->second;
 }
 
-// Of z = W a + b; see core/charge.h. A convolution's W s is worth its time beside full back-substitution alone.
+// ||s||^2 over what each output reads, [R, groups, inner].
+Tensor Context::window_squares(const Node& node, const Tensor& weight) {
+  const int64_t input = node.inputs[0], groups = node.conv.groups;
+  if (node.op == Op::Linear) return sizes(input).stats.select(0, 3).reshape({-1, 1, 1});
+  const auto& shape = program_.node(input).shape;
+  const Tensor by_pixel = squares(sizes(input).size.reshape({batch_ * groups, shape[0] / groups, -1}));
+  const Tensor ones = at::ones({groups, 1, weight.size(2), weight.size(3)}, by_pixel.options());
+  const Tensor sums = direct_conv2d(by_pixel.view({batch_, groups, shape[1], shape[2]}), ones, node.conv);
+  return sums.reshape({batch_, groups, -1}) * (1 + double(weight.size(2) * weight.size(3) + 2) * 0x1p-52);
+}
+
+// Of z = W a + b; see core/charge.h. Beside full back-substitution |W| s costs little; else the norms of the rows of W
+// and of s take its place, which is one pass over W.
 Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
   PrecisionGuard guard;
-  const bool dense = node.op == Op::Linear;
+  const bool dense = node.op == Op::Linear, transposed = node.conv.transposed;
   const Tensor plain = weight(node).detach();
-  double ours = double(blocked_chain(plain.size(0))), terms = double(plain.size(1));
+  double ours = double(product_chain(plain.size(0), dtype_)), terms = double(plain.size(1));
+  const int64_t channels = dense ? plain.size(0) : node.shape[0];
   if (!dense) {
     const int64_t taps = plain.size(2) * plain.size(3), groups = node.conv.groups;
-    ours = double((node.conv.transposed ? plain.size(1) : plain.size(0) / groups) * taps);
-    terms = double((node.conv.transposed ? plain.size(0) / groups : plain.size(1)) * taps);
+    ours = double((transposed ? plain.size(1) : plain.size(0) / groups) * taps);
+    terms = double((transposed ? plain.size(0) / groups : plain.size(1)) * taps);
   }
-  const int64_t channels = dense ? plain.size(0) : node.shape[0];
-  const Node& input = program_.node(node.inputs[0]);
-  const auto shaped = [&](const Tensor& t) {
-    return dense ? t.reshape({-1, plain.size(1)}) : t.reshape({batch_, input.shape[0], input.shape[1], input.shape[2]});
-  };
   const double u = dtype_ == at::kFloat ? 0x1p-24 : 0x1p-53, tiny = dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022;
   ChargeConstants k;
   k.up = (1 + 2 * own_gamma(terms + 6)) * (1 + 1e-5);
@@ -82,26 +91,37 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
       k.lost_fixed = tiny * (2 * terms + 2);
     }
   }
-  const auto outputs = [&](const Tensor& t) { return t.defined() ? t.reshape({t.size(0), channels, -1}) : t; };
+  const Magnitudes& input = sizes(node.inputs[0]);
+  const int64_t rows = dense ? input.size.numel() / plain.size(1) : batch_;
+  const std::array<int64_t, 3> shape{rows, channels, batch_ * node.numel / (rows * channels)};
   AffineSums sums;
-  const bool with_signed = k.network && (dense || options_.method == Method::Crown);
-  const auto [signed_sum, absolute_value] =
-      affine_products(node, plain, shaped(sizes(node.inputs[0]).size), with_signed);
-  sums.signed_sum = outputs(signed_sum);
-  sums.absolute = outputs(absolute_value);
+  if (options_.method == Method::Crown) {
+    const auto& in_shape = program_.node(node.inputs[0]).shape;
+    const auto shaped = [&](const Tensor& t) {
+      return dense ? t.reshape({rows, -1}) : t.reshape({batch_, in_shape[0], in_shape[1], in_shape[2]});
+    };
+    std::tie(sums.signed_sum, sums.absolute) = affine_products(node, plain, shaped(input.size), k.network);
+    if (centred) {
+      k.centre = 2 * u;
+      k.exact = gamma(terms + 8, at::kDouble);
+      sums.radius = std::get<1>(affine_products(node, plain, shaped(radius(node.inputs[0])), false));
+      sums.centre = centre(i);
+    }
+  } else {
+    // rows of W as they stand: [C, terms], or of a transposed convolution [in, C, taps], group by group
+    const int64_t groups = node.conv.groups;
+    const Tensor by_output =
+        transposed ? plain.reshape({groups, plain.size(0) / groups, plain.size(1), -1}).transpose(1, 2) : plain;
+    sums.weight_squares = squares(by_output.reshape({channels, -1, 1}));
+    sums.window_squares = window_squares(node, plain);
+  }
   if (bias(node).defined()) sums.bias = bias(node).detach();
-  if (centred) {
-    k.centre = 2 * u;
-    k.exact = gamma(terms + 8, at::kDouble);
-    sums.radius = outputs(std::get<1>(affine_products(node, plain, shaped(radius(node.inputs[0])), false)));
-    sums.centre = centre(i).reshape(sums.absolute.sizes());
+  Tensor stats = input.stats;
+  if (stats.size(1) != rows) {  // the input also feeds a layer of other runs
+    const Tensor parts = stats.reshape({4, rows, -1});
+    stats = at::stack({parts[0].sum(1), parts[1].sum(1), parts[2].amin(1), parts[3].sum(1)});
   }
-  Tensor stats = sizes(node.inputs[0]).stats;
-  if (stats.size(1) != sums.absolute.size(0)) {  // the input also feeds a layer of other runs
-    const Tensor parts = stats.reshape({3, sums.absolute.size(0), -1});
-    stats = at::stack({parts[0].sum(1), parts[1].sum(1), parts[2].amin(1)});
-  }
-  return pycert::affine_charge(sums, stats, k).reshape({batch_, -1});
+  return pycert::affine_charge(input.size, shape, sums, stats, k).reshape({batch_, -1});
 }
 
 Tensor Context::charge(int64_t i, bool centred) {

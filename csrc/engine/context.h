@@ -5,6 +5,7 @@
 
 #include "engine/program.h"
 #include "ops/charge.h"
+#include "ops/product.h"
 
 namespace pycert::engine {
 
@@ -41,6 +42,7 @@ struct InputRegion {
 
 struct Lines {
   Tensor lower_slope, lower_intercept, upper_slope, upper_intercept;  // [B, n]; lower_intercept undefined: 0
+  bool zero_where_flat = false;  // of a ReLU: a dead neuron has no slope and no intercept
 };
 
 // Least lines of max-pooling: one coefficient for the lower bound, K for the upper, per output.
@@ -97,6 +99,8 @@ class Context {
   const Lines& lines(int64_t activation);  // of an elementwise activation
   const Lines& relu_lines(int64_t value);  // of relu at a value (max2, min2)
   const PoolLines& pool_lines(int64_t pool);
+  // Neurons of `value` that its ReLU leaves alive, for the samples of each segment; empty where more than `share` are.
+  LiveColumns live_columns(int64_t value, const Tensor& segments, const std::vector<int64_t>& samples, double share);
   const Lines& centred_lines(int64_t activation);  // with intercepts for value - centre; max2, min2: of their relu
   const PoolLines& centred_pool_lines(int64_t pool);
 
@@ -122,6 +126,7 @@ class Context {
   Tensor unstable(int64_t i) const;
   Tensor affine_charge(const Node& node, int64_t i, bool centred);
   const Magnitudes& sizes(int64_t i);
+  Tensor window_squares(const Node& node, const Tensor& weight);
   void find_centres();
 
   const Program& program_;
@@ -137,6 +142,7 @@ class Context {
   std::vector<Tensor> centres_;
   std::unordered_map<int64_t, Lines> lines_, relu_lines_, centred_lines_;
   std::unordered_map<int64_t, PoolLines> pool_lines_, centred_pool_lines_;
+  std::unordered_map<int64_t, std::array<Tensor, 2>> live_;  // columns, starts [B + 1]
   std::unordered_map<int64_t, Magnitudes> sizes_;
   std::unordered_map<int64_t, Tensor> radius_, charges_, relax_charges_;
 };

@@ -365,6 +365,7 @@ void Context::forget_caches() {
   for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
   for (auto* cache : {&radius_, &charges_, &relax_charges_}) cache->clear();
   sizes_.clear();
+  live_.clear();
 }
 
 }  // namespace pycert::engine

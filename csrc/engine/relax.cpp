@@ -1,10 +1,13 @@
 // Lines around activations for the boxes found so far.
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/avg_pool2d.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/cumsum.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <limits>
@@ -26,9 +29,31 @@ const Lines& Context::relu_lines(int64_t value) {
   if (fresh) {
     const auto& [l, u] = box(value);
     auto [ls, us, ui] = relu_relaxation(flat(l), flat(u), options_.slope);
-    found->second = {ls, {}, us, ui};
+    found->second = {ls, {}, us, ui, true};
   }
   return found->second;
+}
+
+LiveColumns Context::live_columns(int64_t value, const Tensor& segments, const std::vector<int64_t>& samples,
+                                  double share) {
+  auto [found, fresh] = live_.try_emplace(value);
+  if (fresh) {
+    const Lines& lines = relu_lines(value);
+    const Tensor live = lines.upper_slope.ne(0).logical_or_(lines.lower_slope.ne(0));
+    const Tensor starts = at::zeros({batch_ + 1}, at::kLong);
+    starts.narrow(0, 1, batch_).copy_(live.sum(1).cumsum(0));
+    found->second = {live.nonzero().select(1, 1).contiguous(), starts};
+  }
+  const auto& [columns, starts] = found->second;
+  if (double(columns.size(0)) > share * double(batch_ * program_.node(value).numel)) return {};
+  std::vector<Tensor> parts;
+  std::vector<int64_t> ends{0};
+  const int64_t* at = starts.const_data_ptr<int64_t>();
+  for (int64_t b : samples) {
+    parts.push_back(columns.narrow(0, at[b], at[b + 1] - at[b]));
+    ends.push_back(ends.back() + parts.back().size(0));
+  }
+  return {segments, at::cat(parts), at::tensor(ends)};
 }
 
 const Lines& Context::lines(int64_t activation) {

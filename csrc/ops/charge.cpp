@@ -26,47 +26,89 @@ std::tuple<Tensor, Tensor> magnitudes_cpu(const Tensor& lower, const Tensor& upp
                     " values do not fit a box of shape ", lower.sizes());
   const Tensor l = lower.contiguous(), u = upper.contiguous();
   const int64_t rows = l.numel() / length;
-  Tensor size = at::empty_like(l), stats = at::empty({3, rows}, l.options().dtype(at::kDouble));
+  Tensor size = at::empty_like(l), stats = at::empty({4, rows}, l.options().dtype(at::kDouble));
   double* s = stats.data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "magnitudes", [&] {
     cpu::kernels<scalar_t>().magnitudes({l.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(),
-                                         size.data_ptr<scalar_t>(), s, s + rows, s + 2 * rows, rows, length});
+                                         size.data_ptr<scalar_t>(), s, s + rows, s + 2 * rows, s + 3 * rows, rows,
+                                         length});
   });
   return {size, stats};
 }
 
-// `constants` are those of ChargeConstants without `network`, in order.
-Tensor affine_charge_cpu(const Tensor& absolute, const OptionalTensor& signed_sum, const OptionalTensor& radius,
-                         const OptionalTensor& centre, const OptionalTensor& bias, const Tensor& stats, bool network,
+Tensor squares_cpu(const Tensor& values) {
+  check_floating(values, "squares", "values");
+  TORCH_CHECK_VALUE(values.dim() == 3, "squares: values must be [rows, count, inner], got ", values.sizes());
+  const Tensor v = values.contiguous();
+  Tensor out = at::empty({v.size(0), v.size(2)}, v.options().dtype(at::kDouble));
+  AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "squares", [&] {
+    cpu::kernels<scalar_t>().squares(
+        {v.const_data_ptr<scalar_t>(), out.data_ptr<double>(), v.size(0), v.size(1), v.size(2)});
+  });
+  return out;
+}
+
+// For outputs of `shape` [R, C, inner] and the dtype of `like`; `constants` are those of ChargeConstants without
+// `network`, in order.
+Tensor affine_charge_cpu(const Tensor& like, at::IntArrayRef shape, const OptionalTensor& absolute,
+                         const OptionalTensor& weight_squares, const OptionalTensor& window_squares,
+                         const OptionalTensor& signed_sum, const OptionalTensor& radius, const OptionalTensor& centre,
+                         const OptionalTensor& bias, const Tensor& stats, bool network,
                          at::ArrayRef<double> constants) {
-  check_floating(absolute, "affine_charge", "absolute");
-  TORCH_CHECK_VALUE(absolute.dim() == 3 && stats.dim() == 2 && stats.size(0) == 3 && stats.size(1) == absolute.size(0),
-                    "affine_charge: absolute must be [R, C, inner] and stats [3, R], got ", absolute.sizes(), " and ",
-                    stats.sizes());
+  check_floating(like, "affine_charge", "like");
+  TORCH_CHECK_VALUE(shape.size() == 3 && stats.dim() == 2 && stats.size(0) == 4 && stats.size(1) == shape[0],
+                    "affine_charge: shape must be [R, C, inner] and stats [4, R], got ", shape, " and ", stats.sizes());
+  const int64_t rows = shape[0], channels = shape[1], inner = shape[2], count = rows * channels * inner;
   TORCH_CHECK_VALUE(constants.size() == 10, "affine_charge: 10 constants expected, got ", constants.size());
-  for (const auto* t : {&signed_sum, &radius, &centre})
-    TORCH_CHECK_VALUE(!t->has_value() || (*t)->numel() == absolute.numel(), "affine_charge: sums of ", absolute.numel(),
+  for (const auto* t : {&absolute, &signed_sum, &radius, &centre})
+    TORCH_CHECK_VALUE(!t->has_value() || (*t)->numel() == count, "affine_charge: sums of ", count,
                       " elements expected");
   TORCH_CHECK_VALUE(radius.has_value() == centre.has_value(), "affine_charge: radius and centre come together");
-  TORCH_CHECK_VALUE(!bias.has_value() || bias->numel() == absolute.size(1), "affine_charge: bias must have ",
-                    absolute.size(1), " elements");
+  TORCH_CHECK_VALUE(absolute.has_value() || (weight_squares.has_value() && window_squares.has_value()),
+                    "affine_charge: absolute or both sums of squares are needed");
+  TORCH_CHECK_VALUE(!bias.has_value() || bias->numel() == channels, "affine_charge: bias must have ", channels,
+                    " elements");
   const auto contiguous = [](const OptionalTensor& t) { return t.has_value() ? t->contiguous() : Tensor(); };
-  const Tensor a = absolute.contiguous(), w = contiguous(signed_sum), r = contiguous(radius), c = contiguous(centre),
-               b = contiguous(bias), s = stats.contiguous();
-  Tensor out = at::empty_like(a);
+  const Tensor a = contiguous(absolute), w = contiguous(signed_sum), r = contiguous(radius), c = contiguous(centre),
+               b = contiguous(bias), s = stats.contiguous(), weights = contiguous(weight_squares),
+               windows = contiguous(window_squares);
+  const int64_t groups = windows.defined() && rows * inner > 0 ? windows.numel() / (rows * inner) : 1;
+  TORCH_CHECK_VALUE(a.defined() || (weights.numel() == channels && windows.numel() == rows * groups * inner &&
+                                    groups > 0 && channels % groups == 0),
+                    "affine_charge: sums of squares of shapes ", weights.sizes(), " and ", windows.sizes(),
+                    " do not fit outputs of shape ", shape);
+  Tensor out = at::empty({rows, channels, inner}, like.options());
   const double* of_rows = s.const_data_ptr<double>();
-  const int64_t rows = a.size(0);
-  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "affine_charge", [&] {
+  AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "affine_charge", [&] {
     const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr; };
     const auto above = [](double x) {
       return x == 0 ? scalar_t(0) : std::nextafter(scalar_t(x), std::numeric_limits<scalar_t>::infinity());
     };
     const ChargeFactors<scalar_t> factors{above(constants[0]), above(constants[1]), above(constants[2]),
                                           above(constants[3]), 2 * kUnit<scalar_t>, above(constants[4])};
-    cpu::kernels<scalar_t>().charge({pointer(a), pointer(w), pointer(r), pointer(c), pointer(b), of_rows,
-                                     of_rows + rows, of_rows + 2 * rows, out.data_ptr<scalar_t>(), rows, a.size(1),
-                                     a.size(2), factors, network, constants[5], constants[6], constants[7],
-                                     constants[8], constants[9]});
+    const auto exact = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; };
+    cpu::kernels<scalar_t>().charge({pointer(a),
+                                     exact(weights),
+                                     exact(windows),
+                                     groups,
+                                     pointer(w),
+                                     pointer(r),
+                                     pointer(c),
+                                     pointer(b),
+                                     of_rows,
+                                     of_rows + rows,
+                                     of_rows + 2 * rows,
+                                     out.data_ptr<scalar_t>(),
+                                     rows,
+                                     channels,
+                                     inner,
+                                     factors,
+                                     network,
+                                     constants[5],
+                                     constants[6],
+                                     constants[7],
+                                     constants[8],
+                                     constants[9]});
   });
   return out;
 }
@@ -81,28 +123,40 @@ auto handle(const char* name, Function*) {
 Magnitudes magnitudes(const Tensor& lower, const Tensor& upper, int64_t length) {
   static const auto op = handle("pycert::magnitudes", magnitudes_cpu);
   at::NoGradGuard no_grad;
-  auto [size, stats] = op.call(lower.detach(), upper.detach(), length);
+  auto [size, stats] = op.call(lower, upper, length);
   return {size, stats};
 }
 
-Tensor affine_charge(const AffineSums& sums, const Tensor& stats, const ChargeConstants& k) {
+Tensor squares(const Tensor& values) {
+  static const auto op = handle("pycert::squares", squares_cpu);
+  at::NoGradGuard no_grad;
+  return op.call(values);
+}
+
+Tensor affine_charge(const Tensor& like, at::IntArrayRef shape, const AffineSums& sums, const Tensor& stats,
+                     const ChargeConstants& k) {
   static const auto op = handle("pycert::affine_charge", affine_charge_cpu);
   at::NoGradGuard no_grad;
   const std::array<double, 10> constants{k.up,    k.own,   k.centre,  k.exact,      k.partial,
                                          k.terms, k.extra, k.longest, k.lost_scale, k.lost_fixed};
-  return op.call(sums.absolute, optional_of(sums.signed_sum), optional_of(sums.radius), optional_of(sums.centre),
-                 optional_of(sums.bias), stats, k.network, constants);
+  return op.call(like, shape, optional_of(sums.absolute), optional_of(sums.weight_squares),
+                 optional_of(sums.window_squares), optional_of(sums.signed_sum), optional_of(sums.radius),
+                 optional_of(sums.centre), optional_of(sums.bias), stats, k.network, constants);
 }
 
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def("magnitudes(Tensor lower, Tensor upper, int length) -> (Tensor, Tensor)");
+  m.def("squares(Tensor values) -> Tensor");
   m.def(
-      "affine_charge(Tensor absolute, Tensor? signed_sum, Tensor? radius, Tensor? centre, Tensor? bias, Tensor stats, "
+      "affine_charge(Tensor like, int[] shape, Tensor? absolute, Tensor? weight_squares, Tensor? window_squares, "
+      "Tensor? "
+      "signed_sum, Tensor? radius, Tensor? centre, Tensor? bias, Tensor stats, "
       "bool network, float[] constants) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pycert, CPU, m) {
   m.impl("magnitudes", magnitudes_cpu);
+  m.impl("squares", squares_cpu);
   m.impl("affine_charge", affine_charge_cpu);
 }
 

@@ -8,16 +8,21 @@ namespace pycert {
 // Largest |value| of a box, and what the charges of the next affine layer ask of each run of `length` values.
 struct Magnitudes {
   at::Tensor size;   // like lower
-  at::Tensor stats;  // [3, R] double: sum of the sizes, how many are not zero, 1 where all lower ends are >= 0
+  at::Tensor stats;  // [4, R] double: sum, how many are not zero, 1 where all lower ends are >= 0, sum of squares
 };
 Magnitudes magnitudes(const at::Tensor& lower, const at::Tensor& upper, int64_t length);
 
-// What the charge of one affine layer is made of; [R, C, inner] each but for `bias` [C].
+// Sums of squares over the middle of values [rows, count, inner], rounded up: [rows, inner] double.
+at::Tensor squares(const at::Tensor& values);
+
+// What the charge of one affine layer is made of; [R, C, inner] where nothing else is said.
 struct AffineSums {
-  at::Tensor absolute;        // |W| s
+  at::Tensor absolute;        // |W| s; or undefined, and bounded by the norms of both:
+  at::Tensor weight_squares;  // [C] double
+  at::Tensor window_squares;  // [R, groups, inner] double: of the values that an output reads
   at::Tensor signed_sum;      // W s, or undefined
   at::Tensor radius, centre;  // centred walks: |W| |a - centre|, and the centre of z
-  at::Tensor bias;            // or undefined
+  at::Tensor bias;            // [C], or undefined
 };
 
 struct ChargeConstants {
@@ -27,7 +32,8 @@ struct ChargeConstants {
   double lost_scale = 0, lost_fixed = 0;     // underflow
 };
 
-// [R, C, inner]: charge per unit of |coefficient|.
-at::Tensor affine_charge(const AffineSums& sums, const at::Tensor& stats, const ChargeConstants& constants);
+// Charge per unit of |coefficient|, for outputs of `shape` [R, C, inner] and the dtype of `like`.
+at::Tensor affine_charge(const at::Tensor& like, at::IntArrayRef shape, const AffineSums& sums, const at::Tensor& stats,
+                         const ChargeConstants& constants);
 
 }  // namespace pycert

@@ -1,0 +1,124 @@
+// Products of rows; compiled once per instruction set with fused multiply-adds (isa_*.cpp), inside namespace
+// pycert::cpu::<isa>. No include guard on purpose.
+//
+// The sum over K is cut into blocks of kProductBlock products that start from zero in registers; the block sums are
+// added one after another. A chain then has kProductBlock + K / kProductBlock roundings, however long the row.
+
+#if PYCERT_LANES == 8
+inline constexpr int kTileRows = 12;
+PYCERT_INLINE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+PYCERT_INLINE __m512d fused(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+#elif PYCERT_LANES == 4
+inline constexpr int kTileRows = 6;
+PYCERT_INLINE __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+PYCERT_INLINE __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+#endif
+
+template <typename T>
+struct RegisterOf {
+  typedef T Type __attribute__((vector_size(kStrands * sizeof(double))));
+};
+template <typename T>
+using Register = typename RegisterOf<T>::Type;
+
+template <typename T>
+inline constexpr int64_t kTileColumns = 2 * sizeof(Register<T>) / sizeof(T);
+
+// R rows against one packed panel [count, kTileColumns]; `index` picks the columns of `a`, null: all.
+template <int R, bool kIndexed, typename T>
+PYCERT_INLINE void product_tile(const T* a, int64_t a_stride, const T* panel, const int64_t* index, int64_t count,
+                                Register<T> (&sum)[R][2]) {
+  constexpr int64_t kWidth = sizeof(Register<T>) / sizeof(T);
+  for (int64_t start = 0; start < count; start += kProductBlock) {
+    const int64_t end = std::min(count, start + kProductBlock);
+    Register<T> acc[R][2] = {};
+    for (int64_t k = start; k < end; ++k) {
+      Register<T> b[2];
+      __builtin_memcpy(&b[0], panel + k * kTileColumns<T>, sizeof b[0]);
+      __builtin_memcpy(&b[1], panel + k * kTileColumns<T> + kWidth, sizeof b[1]);
+      const T* column = a + (kIndexed ? index[k] : k);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Register<T> value = column[r * a_stride] - Register<T>{};
+        acc[r][0] = fused(value, b[0], acc[r][0]);
+        acc[r][1] = fused(value, b[1], acc[r][1]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      sum[r][0] += acc[r][0];
+      sum[r][1] += acc[r][1];
+    }
+  }
+}
+
+template <int R, typename T>
+void product_strip(const T* a, int64_t a_stride, const T* panel, const int64_t* index, int64_t count, T* c,
+                   int64_t c_stride, int64_t columns, bool add) {
+  constexpr int64_t kWidth = sizeof(Register<T>) / sizeof(T), kColumns = kTileColumns<T>;
+  Register<T> sum[R][2] = {};
+  T edge[kColumns] = {};
+  for (int r = 0; add && r < R; ++r) {
+    const T* from = c + r * c_stride;
+    if (columns < kColumns) {
+      std::copy(from, from + columns, edge);
+      from = edge;
+    }
+    __builtin_memcpy(&sum[r][0], from, sizeof sum[r][0]);
+    __builtin_memcpy(&sum[r][1], from + kWidth, sizeof sum[r][1]);
+  }
+  if (index == nullptr)
+    product_tile<R, false>(a, a_stride, panel, index, count, sum);
+  else
+    product_tile<R, true>(a, a_stride, panel, index, count, sum);
+  for (int r = 0; r < R; ++r) {
+    T* to = columns < kColumns ? edge : c + r * c_stride;
+    __builtin_memcpy(to, &sum[r][0], sizeof sum[r][0]);
+    __builtin_memcpy(to + kWidth, &sum[r][1], sizeof sum[r][1]);
+    if (columns < kColumns) std::copy(edge, edge + columns, c + r * c_stride);
+  }
+}
+
+template <int R, typename T>
+PYCERT_INLINE void product_rest(int64_t rows, const T* a, int64_t a_stride, const T* panel, const int64_t* index,
+                                int64_t count, T* c, int64_t c_stride, int64_t columns, bool add) {
+  if constexpr (R > 0) {
+    if (rows == R) return product_strip<R>(a, a_stride, panel, index, count, c, c_stride, columns, add);
+    product_rest<R - 1>(rows, a, a_stride, panel, index, count, c, c_stride, columns, add);
+  }
+}
+
+template <typename T>
+void product_panel(const ProductArgs<T>& p, int64_t segment, int64_t first, std::vector<T>& panel) {
+  constexpr int64_t kColumns = kTileColumns<T>, kDepth = 8 * kProductBlock;
+  const int64_t from = p.rows[segment], to = p.rows[segment + 1], columns = std::min(kColumns, p.columns - first);
+  const int64_t* index = p.live == nullptr ? nullptr : p.live + p.starts[segment];
+  const int64_t total = p.live == nullptr ? p.inner : p.starts[segment + 1] - p.starts[segment];
+  panel.resize(size_t(kDepth * kColumns));
+  for (int64_t k = 0; k < total || k == 0; k += kDepth) {
+    const int64_t count = std::min(kDepth, total - k);
+    for (int64_t j = 0; j < count; ++j) {
+      const T* b = p.b + (index == nullptr ? k + j : index[k + j]) * p.columns + first;
+      T* packed = panel.data() + j * kColumns;
+      std::fill(std::copy(b, b + columns, packed), packed + kColumns, T(0));
+    }
+    const int64_t shift = index == nullptr ? k : 0;
+    const int64_t* here = index == nullptr ? nullptr : index + k;
+    int64_t row = from;
+    for (; row + kTileRows <= to; row += kTileRows)
+      product_strip<kTileRows>(p.a + row * p.inner + shift, p.inner, panel.data(), here, count,
+                               p.c + row * p.columns + first, p.columns, columns, k > 0);
+    product_rest<kTileRows - 1>(to - row, p.a + row * p.inner + shift, p.inner, panel.data(), here, count,
+                                p.c + row * p.columns + first, p.columns, columns, k > 0);
+  }
+}
+
+template <typename T>
+void product(const ProductArgs<T>& p) {
+  const int64_t panels = (p.columns + kTileColumns<T> - 1) / kTileColumns<T>;
+  at::parallel_for(0, p.segments * panels, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> panel;
+    for (int64_t task = begin; task < end; ++task)
+      product_panel(p, task / panels, task % panels * kTileColumns<T>, panel);
+  });
+}

@@ -1,0 +1,68 @@
+#include "ops/product.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+#include "ops/interval.h"
+
+namespace pycert {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+namespace {
+
+template <typename T>
+bool has_kernel() {
+  return cpu::kernels<T>().product != nullptr;
+}
+
+Tensor rows_product_cpu(const Tensor& rows, const Tensor& weight, const OptionalTensor& segments,
+                        const OptionalTensor& columns, const OptionalTensor& starts) {
+  check_floating(rows, "rows_product", "rows");
+  check_same(rows, weight, "rows_product", "rows", "weight");
+  TORCH_CHECK_VALUE(rows.dim() == 2 && weight.dim() == 2 && rows.size(1) == weight.size(0),
+                    "rows_product: rows must be [M, K] and weight [K, N], got ", rows.sizes(), " and ", weight.sizes());
+  TORCH_CHECK_VALUE(segments.has_value() == columns.has_value() && segments.has_value() == starts.has_value(),
+                    "rows_product: segments, columns and starts come together");
+  PrecisionGuard guard;
+  const bool own = rows.scalar_type() == at::kFloat ? has_kernel<float>() : has_kernel<double>();
+  if (!own) return mm_blocked(rows, weight);
+  const Tensor a = rows.contiguous(), b = weight.contiguous();
+  Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
+  const std::array<int64_t, 2> whole{0, a.size(0)};
+  const auto pointer = [](const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr<int64_t>() : nullptr; };
+  const int64_t count = segments.has_value() ? segments->size(0) - 1 : 1;
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "rows_product", [&] {
+    cpu::kernels<scalar_t>().product({a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
+                                      c.data_ptr<scalar_t>(), count,
+                                      segments.has_value() ? pointer(segments) : whole.data(), a.size(1), b.size(1),
+                                      pointer(columns), pointer(starts)});
+  });
+  return c;
+}
+
+}  // namespace
+
+int64_t product_chain(int64_t terms, at::ScalarType dtype) {
+  const bool own = dtype == at::kFloat ? has_kernel<float>() : has_kernel<double>();
+  if (!own) return blocked_chain(terms);
+  return std::min(terms, cpu::kProductBlock) + (terms + cpu::kProductBlock - 1) / cpu::kProductBlock;
+}
+
+Tensor rows_product(const Tensor& rows, const Tensor& weight, const LiveColumns& live) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("pycert::rows_product", "").typed<decltype(rows_product_cpu)>();
+  return op.call(rows, weight, optional_of(live.segments), optional_of(live.columns), optional_of(live.starts));
+}
+
+TORCH_LIBRARY_FRAGMENT(pycert, m) {
+  m.def("rows_product(Tensor rows, Tensor weight, Tensor? segments, Tensor? columns, Tensor? starts) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("rows_product", rows_product_cpu); }
+
+}  // namespace pycert
