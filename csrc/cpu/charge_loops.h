@@ -7,13 +7,14 @@ PYCERT_INLINE double squares_up(double sum, int64_t count) {
   return sum * (1 + double(count + 8) * 0x1p-52) + (sizeof(T) == 8 ? double(count) * 0x1p-1020 : 0);
 }
 
+// Of the middle of [rows, count, inner]: sums of squares, and how many are not zero.
 template <typename T>
 void squares(const SquaresArgs<T>& a) {
   at::parallel_for(0, a.rows, 1 + 16384 / std::max<int64_t>(1, a.count * a.inner), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* values = a.values + row * a.count * a.inner;
       double* out = a.out + row * a.inner;
-      if (a.inner == 1) {
+      if (a.live == nullptr) {
         Doubles sum{};
         for_lanes(a.count, [&](const auto& memory, int64_t k) PYCERT_INLINED {
           const Doubles value = widen(memory.load(values + k));
@@ -22,11 +23,14 @@ void squares(const SquaresArgs<T>& a) {
         out[0] = squares_up<T>(total(sum), a.count);
         continue;
       }
+      double* live = a.live + row * a.inner;
       std::fill(out, out + a.inner, 0.0);
+      std::fill(live, live + a.inner, 0.0);
       for (int64_t k = 0; k < a.count; ++k)
         for (int64_t i = 0; i < a.inner; ++i) {
           const double value = double(values[k * a.inner + i]);
           out[i] += value * value;
+          live[i] += value != 0 ? 1.0 : 0.0;
         }
       for (int64_t i = 0; i < a.inner; ++i) out[i] = squares_up<T>(out[i], a.count);
     }
@@ -69,54 +73,58 @@ void magnitudes(const MagnitudeArgs<T>& a) {
   });
 }
 
-// Outputs [at, at + length); `absolute` is theirs alone, `bias` that of the first, with the step to the next.
+// Outputs [at, at + length); the other pointers are at the first of them, with the step to the next.
 template <bool kCentred, bool kNonnegative, typename T>
-void charge_run(const ChargeArgs<T>& a, int64_t at, int64_t length, const T* absolute, const T* bias, int64_t bias_step,
-                T network, T lost) {
+void charge_run(const ChargeArgs<T>& a, int64_t at, int64_t length, const T* absolute, const T* bias, const T* network,
+                bool vector, T lost) {
   for (int64_t k = 0; k < length; ++k) {
     const int64_t i = at + k;
-    const T b = bias == nullptr ? T(0) : std::abs(bias[k * bias_step]);
+    const T b = bias == nullptr ? T(0) : std::abs(bias[vector ? k : 0]);
     const ChargeElement<T> z{absolute[k], kNonnegative ? a.signed_sum[i] : T(0), b, kCentred ? a.radius[i] : T(0),
                              kCentred ? a.centre[i] : T(0)};
-    a.out[i] = charge_of<kCentred, kNonnegative>(z, a.factors, network, lost);
+    a.out[i] = charge_of<kCentred, kNonnegative>(z, a.factors, network[vector ? 0 : k], lost);
   }
 }
 
-// |W_c . s| <= ||W_c|| ||s|| for channels [first, first + count) and all their pixels.
+// What the channels of one group share: ||s|| over each output's window, and the error of the network's sum there.
 template <typename T>
-void cauchy_run(const ChargeArgs<T>& a, int64_t row, int64_t first, int64_t count, T* out) {
-  const int64_t per_group = a.channels / a.groups;
-  for (int64_t c = 0; c < count; ++c) {
-    const double* window = a.window_squares + (row * a.groups + (first + c) / per_group) * a.inner;
-    const double weight = a.weight_squares[first + c];
-    for (int64_t i = 0; i < a.inner; ++i) out[c * a.inner + i] = round_up<T>(std::sqrt(weight) * std::sqrt(window[i]));
+void charge_windows(const ChargeArgs<T>& a, int64_t window, double* norm, T* network) {
+  const double* squares = a.absolute == nullptr ? a.window_squares + window * a.inner : nullptr;
+  for (int64_t i = 0; i < a.inner; ++i) {
+    const double chain = (std::min(a.terms, a.window_live[window * a.inner + i]) + a.extra) * double(kUnit<T>);
+    network[i] = a.network ? round_up<T>(chain / (1 - chain) * a.longest) : T(0);
+    if (squares != nullptr) norm[i] = std::sqrt(squares[i]);
   }
 }
 
 template <typename T>
 void charge(const ChargeArgs<T>& a) {
-  const int64_t size = a.channels * a.inner;
-  at::parallel_for(0, a.rows, size > 0 ? 1 + 16384 / size : 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> bound(a.absolute == nullptr ? size_t(a.inner == 1 ? size : a.inner) : 0);
-    for (int64_t row = begin; row < end; ++row) {
-      T network = 0, lost = 0;
-      if (a.network) {
-        const double chain = (std::min(a.terms, a.live[row]) + a.extra) * double(kUnit<T>);
-        network = round_up<T>(chain / (1 - chain) * a.longest);
-        if (a.lost_scale > 0) lost = round_up<T>(a.lost_scale * a.sums[row] + a.lost_fixed);
-      }
+  const int64_t size = a.channels * a.inner, per_group = a.channels / a.groups;
+  // a vector in one run, an image channel by channel
+  const bool vector = a.inner == 1;
+  const int64_t step = vector ? per_group : 1;
+  at::parallel_for(0, a.rows * a.groups, size > 0 ? 1 + 16384 / size : 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> norm(size_t(a.inner));
+    std::vector<T> network(size_t(a.inner)), bound(a.absolute == nullptr ? size_t(step * a.inner) : 0);
+    for (int64_t window = begin; window < end; ++window) {
+      const int64_t row = window / a.groups, first = window % a.groups * per_group;
+      charge_windows(a, window, norm.data(), network.data());
+      const T lost = a.lost_scale > 0 ? round_up<T>(a.lost_scale * a.sums[row] + a.lost_fixed) : T(0);
       const bool nonnegative = a.network && a.signed_sum != nullptr && a.nonnegative[row] != 0;
       const bool centred = a.radius != nullptr;
       const auto run = centred ? (nonnegative ? charge_run<true, true, T> : charge_run<true, false, T>)
                                : (nonnegative ? charge_run<false, true, T> : charge_run<false, false, T>);
-      // a vector in one run, an image channel by channel
-      const bool vector = a.inner == 1;
-      const int64_t channels = vector ? a.channels : 1;
-      for (int64_t c = 0; c < a.channels; c += channels) {
+      for (int64_t c = first; c < first + per_group; c += step) {
         const int64_t at = row * size + c * a.inner;
-        if (a.absolute == nullptr) cauchy_run(a, row, c, channels, bound.data());
-        run(a, at, channels * a.inner, a.absolute == nullptr ? bound.data() : a.absolute + at,
-            a.bias == nullptr ? nullptr : a.bias + c, vector ? 1 : 0, network, lost);
+        if (a.absolute == nullptr) {  // |W_c . s| <= ||W_c|| ||s||
+          for (int64_t j = 0; j < step; ++j) {
+            const double weight = std::sqrt(a.weight_squares[c + j]);
+            for (int64_t i = 0; i < a.inner; ++i)
+              bound[size_t(j * a.inner + i)] = round_up<T>(weight * norm[size_t(i)]);
+          }
+        }
+        run(a, at, step * a.inner, a.absolute == nullptr ? bound.data() : a.absolute + at,
+            a.bias == nullptr ? nullptr : a.bias + c, network.data(), vector, lost);
       }
     }
   });

@@ -92,11 +92,12 @@ struct MagnitudeArgs {
   int64_t rows, count;
 };
 
-// Sums of squares in double, rounded up: over the `count` values in the middle of [rows, count, inner].
+// Over the `count` values in the middle of [rows, count, inner]: sums of squares, rounded up, and how many are not
+// zero.
 template <typename T>
 struct SquaresArgs {
   const T* values;
-  double* out;  // [rows, inner]
+  double *out, *live;  // [rows, inner]; live is null for rows alone (inner = 1)
   int64_t rows, count, inner;
 };
 
@@ -106,13 +107,14 @@ struct ChargeArgs {
   const T* absolute;             // [R, C, inner]: |W| s; or null, and Cauchy's bound ||W_c|| ||s||:
   const double* weight_squares;  // [C]: ||W_c||^2
   const double* window_squares;  // [R, groups, inner]: ||s||^2 over what the output reads
+  const double* window_live;     // [R, groups, inner]: how many of those values are not zero
   int64_t groups;
-  const T* signed_sum;                      // [R, C, inner]: W s, or null
-  const T* radius;                          // [R, C, inner]: |W| |a - centre|, or null: not centred
-  const T* centre;                          // [R, C, inner], with `radius`
-  const T* bias;                            // [C] or null
-  const double *sums, *live, *nonnegative;  // [R], of the layer's input
-  T* out;                                   // [R, C, inner]
+  const T* signed_sum;               // [R, C, inner]: W s, or null
+  const T* radius;                   // [R, C, inner]: |W| |a - centre|, or null: not centred
+  const T* centre;                   // [R, C, inner], with `radius`
+  const T* bias;                     // [C] or null
+  const double *sums, *nonnegative;  // [R], of the layer's input
+  T* out;                            // [R, C, inner]
   int64_t rows, channels, inner;
   ChargeFactors<T> factors;
   bool network;                   // also the network's own roundings

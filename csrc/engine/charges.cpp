@@ -52,19 +52,22 @@ Tensor Context::radius(int64_t i) {
   return found->second;
 }
 
-// ||s||^2 over what each output reads, [R, groups, inner].
-Tensor Context::window_squares(const Node& node, const Tensor& weight) {
+// ||s||^2 over what each output reads, and how many of those values are not zero: [2, R, groups, inner].
+Tensor Context::windows(const Node& node, const Tensor& weight) {
   const int64_t input = node.inputs[0], groups = node.conv.groups;
-  if (node.op == Op::Linear) return sizes(input).stats.select(0, 3).reshape({-1, 1, 1});
+  if (node.op == Op::Linear) {
+    const Tensor& stats = sizes(input).stats;
+    return at::stack({stats[3], stats[1]}).reshape({2, -1, 1, 1});
+  }
   const auto& shape = program_.node(input).shape;
   const Tensor by_pixel = squares(sizes(input).size.reshape({batch_ * groups, shape[0] / groups, -1}));
   const Tensor ones = at::ones({groups, 1, weight.size(2), weight.size(3)}, by_pixel.options());
-  const Tensor sums = direct_conv2d(by_pixel.view({batch_, groups, shape[1], shape[2]}), ones, node.conv);
-  return sums.reshape({batch_, groups, -1}) * (1 + double(weight.size(2) * weight.size(3) + 2) * 0x1p-52);
+  const Tensor sums = direct_conv2d(by_pixel.view({2 * batch_, groups, shape[1], shape[2]}), ones, node.conv);
+  return sums.reshape({2, batch_, groups, -1}) * (1 + double(weight.size(2) * weight.size(3) + 2) * 0x1p-52);
 }
 
-// Of z = W a + b; see core/charge.h. Beside full back-substitution |W| s costs little; else the norms of the rows of W
-// and of s take its place, which is one pass over W.
+// Of z = W a + b; see core/charge.h. |W| s costs as much as a row of every sample: little beside full back-substitution;
+// else the norms of a convolution's rows and of s over its windows take its place.
 Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
   PrecisionGuard guard;
   const bool dense = node.op == Op::Linear, transposed = node.conv.transposed;
@@ -95,7 +98,7 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
   const int64_t rows = dense ? input.size.numel() / plain.size(1) : batch_;
   const std::array<int64_t, 3> shape{rows, channels, batch_ * node.numel / (rows * channels)};
   AffineSums sums;
-  if (options_.method == Method::Crown) {
+  if (dense || options_.method == Method::Crown) {
     const auto& in_shape = program_.node(node.inputs[0]).shape;
     const auto shaped = [&](const Tensor& t) {
       return dense ? t.reshape({rows, -1}) : t.reshape({batch_, in_shape[0], in_shape[1], in_shape[2]});
@@ -112,9 +115,9 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
     const int64_t groups = node.conv.groups;
     const Tensor by_output =
         transposed ? plain.reshape({groups, plain.size(0) / groups, plain.size(1), -1}).transpose(1, 2) : plain;
-    sums.weight_squares = squares(by_output.reshape({channels, -1, 1}));
-    sums.window_squares = window_squares(node, plain);
+    sums.weight_squares = squares(by_output.reshape({channels, -1}));
   }
+  sums.windows = windows(node, plain);
   if (bias(node).defined()) sums.bias = bias(node).detach();
   Tensor stats = input.stats;
   if (stats.size(1) != rows) {  // the input also feeds a layer of other runs

@@ -126,7 +126,7 @@ class Context {
   Tensor unstable(int64_t i) const;
   Tensor affine_charge(const Node& node, int64_t i, bool centred);
   const Magnitudes& sizes(int64_t i);
-  Tensor window_squares(const Node& node, const Tensor& weight);
+  Tensor windows(const Node& node, const Tensor& weight);
   void find_centres();
 
   const Program& program_;

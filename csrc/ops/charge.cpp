@@ -38,12 +38,19 @@ std::tuple<Tensor, Tensor> magnitudes_cpu(const Tensor& lower, const Tensor& upp
 
 Tensor squares_cpu(const Tensor& values) {
   check_floating(values, "squares", "values");
-  TORCH_CHECK_VALUE(values.dim() == 3, "squares: values must be [rows, count, inner], got ", values.sizes());
+  TORCH_CHECK_VALUE(values.dim() == 2 || values.dim() == 3,
+                    "squares: values must be [rows, count] or [rows, count, "
+                    "inner], got ",
+                    values.sizes());
   const Tensor v = values.contiguous();
-  Tensor out = at::empty({v.size(0), v.size(2)}, v.options().dtype(at::kDouble));
+  const bool live = v.dim() == 3;
+  const int64_t rows = v.size(0), inner = live ? v.size(2) : 1;
+  const auto options = v.options().dtype(at::kDouble);
+  Tensor out = live ? at::empty({2, rows, inner}, options) : at::empty({rows}, options);
+  double* o = out.data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "squares", [&] {
     cpu::kernels<scalar_t>().squares(
-        {v.const_data_ptr<scalar_t>(), out.data_ptr<double>(), v.size(0), v.size(1), v.size(2)});
+        {v.const_data_ptr<scalar_t>(), o, live ? o + rows * inner : nullptr, rows, v.size(1), inner});
   });
   return out;
 }
@@ -51,10 +58,9 @@ Tensor squares_cpu(const Tensor& values) {
 // For outputs of `shape` [R, C, inner] and the dtype of `like`; `constants` are those of ChargeConstants without
 // `network`, in order.
 Tensor affine_charge_cpu(const Tensor& like, at::IntArrayRef shape, const OptionalTensor& absolute,
-                         const OptionalTensor& weight_squares, const OptionalTensor& window_squares,
-                         const OptionalTensor& signed_sum, const OptionalTensor& radius, const OptionalTensor& centre,
-                         const OptionalTensor& bias, const Tensor& stats, bool network,
-                         at::ArrayRef<double> constants) {
+                         const OptionalTensor& weight_squares, const Tensor& windows, const OptionalTensor& signed_sum,
+                         const OptionalTensor& radius, const OptionalTensor& centre, const OptionalTensor& bias,
+                         const Tensor& stats, bool network, at::ArrayRef<double> constants) {
   check_floating(like, "affine_charge", "like");
   TORCH_CHECK_VALUE(shape.size() == 3 && stats.dim() == 2 && stats.size(0) == 4 && stats.size(1) == shape[0],
                     "affine_charge: shape must be [R, C, inner] and stats [4, R], got ", shape, " and ", stats.sizes());
@@ -64,19 +70,19 @@ Tensor affine_charge_cpu(const Tensor& like, at::IntArrayRef shape, const Option
     TORCH_CHECK_VALUE(!t->has_value() || (*t)->numel() == count, "affine_charge: sums of ", count,
                       " elements expected");
   TORCH_CHECK_VALUE(radius.has_value() == centre.has_value(), "affine_charge: radius and centre come together");
-  TORCH_CHECK_VALUE(absolute.has_value() || (weight_squares.has_value() && window_squares.has_value()),
-                    "affine_charge: absolute or both sums of squares are needed");
+  TORCH_CHECK_VALUE(absolute.has_value() || (weight_squares.has_value() && weight_squares->numel() == channels),
+                    "affine_charge: absolute, or weight_squares of ", channels, " elements");
+  TORCH_CHECK_VALUE(windows.dim() == 4 && windows.size(0) == 2 && windows.size(1) == rows && windows.size(2) > 0 &&
+                        channels % windows.size(2) == 0 && windows.size(3) == inner,
+                    "affine_charge: windows must be [2, R, groups, inner], got ", windows.sizes(), " for outputs of ",
+                    shape);
   TORCH_CHECK_VALUE(!bias.has_value() || bias->numel() == channels, "affine_charge: bias must have ", channels,
                     " elements");
   const auto contiguous = [](const OptionalTensor& t) { return t.has_value() ? t->contiguous() : Tensor(); };
   const Tensor a = contiguous(absolute), w = contiguous(signed_sum), r = contiguous(radius), c = contiguous(centre),
                b = contiguous(bias), s = stats.contiguous(), weights = contiguous(weight_squares),
-               windows = contiguous(window_squares);
-  const int64_t groups = windows.defined() && rows * inner > 0 ? windows.numel() / (rows * inner) : 1;
-  TORCH_CHECK_VALUE(a.defined() || (weights.numel() == channels && windows.numel() == rows * groups * inner &&
-                                    groups > 0 && channels % groups == 0),
-                    "affine_charge: sums of squares of shapes ", weights.sizes(), " and ", windows.sizes(),
-                    " do not fit outputs of shape ", shape);
+               both = windows.contiguous();
+  const int64_t groups = both.size(2);
   Tensor out = at::empty({rows, channels, inner}, like.options());
   const double* of_rows = s.const_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(like.scalar_type(), "affine_charge", [&] {
@@ -86,17 +92,17 @@ Tensor affine_charge_cpu(const Tensor& like, at::IntArrayRef shape, const Option
     };
     const ChargeFactors<scalar_t> factors{above(constants[0]), above(constants[1]), above(constants[2]),
                                           above(constants[3]), 2 * kUnit<scalar_t>, above(constants[4])};
-    const auto exact = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; };
+    const double* of_windows = both.const_data_ptr<double>();
     cpu::kernels<scalar_t>().charge({pointer(a),
-                                     exact(weights),
-                                     exact(windows),
+                                     weights.defined() ? weights.const_data_ptr<double>() : nullptr,
+                                     of_windows,
+                                     of_windows + rows * groups * inner,
                                      groups,
                                      pointer(w),
                                      pointer(r),
                                      pointer(c),
                                      pointer(b),
                                      of_rows,
-                                     of_rows + rows,
                                      of_rows + 2 * rows,
                                      out.data_ptr<scalar_t>(),
                                      rows,
@@ -139,16 +145,16 @@ Tensor affine_charge(const Tensor& like, at::IntArrayRef shape, const AffineSums
   at::NoGradGuard no_grad;
   const std::array<double, 10> constants{k.up,    k.own,   k.centre,  k.exact,      k.partial,
                                          k.terms, k.extra, k.longest, k.lost_scale, k.lost_fixed};
-  return op.call(like, shape, optional_of(sums.absolute), optional_of(sums.weight_squares),
-                 optional_of(sums.window_squares), optional_of(sums.signed_sum), optional_of(sums.radius),
-                 optional_of(sums.centre), optional_of(sums.bias), stats, k.network, constants);
+  return op.call(like, shape, optional_of(sums.absolute), optional_of(sums.weight_squares), sums.windows,
+                 optional_of(sums.signed_sum), optional_of(sums.radius), optional_of(sums.centre),
+                 optional_of(sums.bias), stats, k.network, constants);
 }
 
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def("magnitudes(Tensor lower, Tensor upper, int length) -> (Tensor, Tensor)");
   m.def("squares(Tensor values) -> Tensor");
   m.def(
-      "affine_charge(Tensor like, int[] shape, Tensor? absolute, Tensor? weight_squares, Tensor? window_squares, "
+      "affine_charge(Tensor like, int[] shape, Tensor? absolute, Tensor? weight_squares, Tensor windows, "
       "Tensor? "
       "signed_sum, Tensor? radius, Tensor? centre, Tensor? bias, Tensor stats, "
       "bool network, float[] constants) -> Tensor");

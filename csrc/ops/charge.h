@@ -12,14 +12,15 @@ struct Magnitudes {
 };
 Magnitudes magnitudes(const at::Tensor& lower, const at::Tensor& upper, int64_t length);
 
-// Sums of squares over the middle of values [rows, count, inner], rounded up: [rows, inner] double.
+// Over the middle of values [rows, count, inner]: sums of squares, rounded up, and how many are not zero; [2, rows,
+// inner] double, or the squares [rows] alone of values [rows, count].
 at::Tensor squares(const at::Tensor& values);
 
 // What the charge of one affine layer is made of; [R, C, inner] where nothing else is said.
 struct AffineSums {
   at::Tensor absolute;        // |W| s; or undefined, and bounded by the norms of both:
   at::Tensor weight_squares;  // [C] double
-  at::Tensor window_squares;  // [R, groups, inner] double: of the values that an output reads
+  at::Tensor windows;         // [2, R, groups, inner] double: squares() of the values that an output reads
   at::Tensor signed_sum;      // W s, or undefined
   at::Tensor radius, centre;  // centred walks: |W| |a - centre|, and the centre of z
   at::Tensor bias;            // [C], or undefined
