@@ -259,6 +259,30 @@ void relayout(const RelayoutArgs<T>& a) {
   });
 }
 
+template <typename T>
+void interleave(const InterleaveArgs<T>& a) {
+  const int64_t size = a.height * a.width, phase = a.rows * a.columns;
+  at::parallel_for(0, a.images, grain(size), [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image)
+      for (int64_t y = 0; y < a.height; ++y) {
+        const int64_t row = (y + a.top) / a.stride_y, phase_y = (y + a.top) % a.stride_y;
+        const T* in = a.in + (image * a.stride_y + phase_y) * a.stride_x * phase + row * a.columns;
+        T* out = a.out + image * size + y * a.width;
+        int64_t x = 0;
+        if (a.stride_x == 2) {  // whole pairs at once
+          if (a.left % 2 == 1) out[x++] = in[phase + a.left / 2];
+          const T *even = in + (x + a.left) / 2, *odd = even + phase;
+          for (int64_t pair = 0; pair < (a.width - x) / 2; ++pair) {
+            out[x + 2 * pair] = even[pair];
+            out[x + 2 * pair + 1] = odd[pair];
+          }
+          x += (a.width - x) / 2 * 2;
+        }
+        for (; x < a.width; ++x) out[x] = in[(x + a.left) % a.stride_x * phase + (x + a.left) / a.stride_x];
+      }
+  });
+}
+
 // ---- gradients ---------------------------------------------------------------------------------------------------
 // Rows of one sample add to the same slope gradients: a thread owns whole samples.
 

@@ -140,6 +140,15 @@ struct ProductArgs {
 
 inline constexpr int64_t kProductBlock = 32;
 
+// Phases of a strided transposed convolution back into images, cut to size: pixel (y, x) is that of phase
+// ((y + top) % stride_y, (x + left) % stride_x).
+template <typename T>
+struct InterleaveArgs {
+  const T* in;  // [images, stride_y, stride_x, rows, columns]
+  T* out;       // [images, height, width]
+  int64_t images, stride_y, stride_x, rows, columns, height, width, top, left;
+};
+
 // Where the coefficients of a row stand: the whole [C, H, W] value, or a window of it whose corner moves with the
 // row: corner = stride * position(row) + offset. Elements outside the image belong to padding and count as zero.
 struct Window {
@@ -268,6 +277,7 @@ struct Kernels {
   void (*squares)(const SquaresArgs<T>&);
   void (*charge)(const ChargeArgs<T>&);
   void (*product)(const ProductArgs<T>&);  // null: ATen's is faster
+  void (*interleave)(const InterleaveArgs<T>&);
   void (*relax)(const RelaxArgs<T>&);
   void (*dot)(const DotArgs<T>&);
   void (*concretize)(const ConcretizeArgs<T>&);

@@ -66,8 +66,8 @@ Tensor Context::windows(const Node& node, const Tensor& weight) {
   return sums.reshape({2, batch_, groups, -1}) * (1 + double(weight.size(2) * weight.size(3) + 2) * 0x1p-52);
 }
 
-// Of z = W a + b; see core/charge.h. |W| s costs as much as a row of every sample: little beside full back-substitution;
-// else the norms of a convolution's rows and of s over its windows take its place.
+// Of z = W a + b; see core/charge.h. |W| s costs as much as a row of every sample: little beside full
+// back-substitution; else the norms of a convolution's rows and of s over its windows take its place.
 Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
   PrecisionGuard guard;
   const bool dense = node.op == Op::Linear, transposed = node.conv.transposed;
