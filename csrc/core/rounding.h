@@ -24,6 +24,12 @@
 #else
 #define PYCERT_HD
 #endif
+// Functions that are too long to be inlined everywhere.
+#if defined(__CUDACC__)
+#define PYCERT_CALL __host__ __device__
+#else
+#define PYCERT_CALL
+#endif
 
 #if defined(__FAST_MATH__)
 #error "pycert's bounds are not sound under -ffast-math"
