@@ -7,6 +7,9 @@
 namespace pycert::detail {
 
 PYCERT_HD inline Range<double> widened(double value, double relative = kElementary, double absolute = kTail) {
+  constexpr double most = 0.5 * std::numeric_limits<double>::max();
+  if (value - value != 0.0)  // overflow or NaN
+    return {value > 0.0 ? most : -infinity<double>(), value < 0.0 ? -most : infinity<double>()};
   const double slack = add_up(relative * std::fabs(value), absolute);
   return {sub_down(value, slack), add_up(value, slack)};
 }
@@ -113,6 +116,7 @@ struct HardswishCurve : SmoothCurve {
   static constexpr double kLowest = -1.5;
   PYCERT_HD static inline double left() { return -3.0; }
   PYCERT_HD static inline double right() { return 3.0; }
+  PYCERT_HD static inline double seam() { return 3.0; }
   PYCERT_HD static inline bool narrow(double lower, double upper) { return upper - lower < 1e-7; }
   PYCERT_HD static inline double chord(double lower, double upper) {
     return plain_chord<HardswishCurve>(lower, upper);
@@ -134,16 +138,16 @@ struct EluCurve : SmoothCurve {
   PYCERT_HD explicit inline EluCurve(double a) : alpha(a) {}
   PYCERT_HD static inline double left() { return -infinity<double>(); }
   PYCERT_HD inline double right() const { return alpha > 1.0 ? 0.0 : infinity<double>(); }
+  PYCERT_HD static inline double seam() { return 0.0; }
   PYCERT_HD static inline bool narrow(double lower, double upper) { return upper - lower < 1e-7; }
   PYCERT_HD inline double chord(double lower, double upper) const {
     return detail::chord(lower, upper, jet(lower).value, jet(upper).value);
   }
-  PYCERT_HD inline Jet exponential(double x) const {
-    const double rise = alpha * std::expm1(x);
-    return {rise, rise + alpha, rise + alpha};
+  PYCERT_HD inline Jet inner(double x) const {
+    const double slope = alpha * std::exp(x);
+    return {alpha * std::expm1(x), slope, slope};
   }
-  PYCERT_HD inline Jet inner(double x) const { return alpha > 1.0 ? exponential(x) : jet(x); }
-  PYCERT_HD inline Jet jet(double x) const { return x >= 0.0 ? Jet{x, 1.0, 0.0} : exponential(x); }
+  PYCERT_HD inline Jet jet(double x) const { return x >= 0.0 ? Jet{x, 1.0, 0.0} : inner(x); }
   PYCERT_HD static inline Range<double> enclose(double x, double value) {
     return x >= 0.0 ? Range<double>{value, value} : widened(value);
   }

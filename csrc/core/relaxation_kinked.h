@@ -57,6 +57,7 @@ struct Function {
     return visit(x, [&](const auto& curve) { return curve.jet(x); });
   }
   PYCERT_CALL inline Range<double> range(double x) const {
+    if (kind >= Activation::Silu && kind <= Activation::GeluTanh && x < -1e300) x = -1e300;  // no -inf * 0
     return visit(x, [&](const auto& curve) { return curve.enclose(x, curve.jet(x).value); });
   }
 

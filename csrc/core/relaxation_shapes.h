@@ -7,6 +7,8 @@
 //   kLinearEnds       both outer pieces are straight, with a kink at p and q; otherwise f' is continuous, and where both
 //                     outer pieces exist, slopes are <= 0 on the left one and positive on the right one: no line
 //                     touches both
+//   seam()            where kLinearEnds: where the right outer piece begins, even if the kink is convex and q = +inf
+//   inner(x)          where kLinearEnds: the jet of the smooth piece between the kinks, continued
 //   jet(x)            value and derivatives; at a kink the derivatives from the right
 //   enclose(x, value) [f(x)], given jet(x).value
 //   chord(l, u)       a slope near (f(u) - f(l)) / (u - l)
@@ -29,6 +31,16 @@ PYCERT_CALL inline Jet inner_jet(const Curve& curve, double x) {
     return curve.inner(x);
   } else {
     return curve.jet(x);
+  }
+}
+
+// Where the smooth part of the convex piece ends.
+template <typename Curve>
+PYCERT_CALL inline double convex_end(const Curve& curve) {
+  if constexpr (Curve::kLinearEnds) {
+    return curve.seam();
+  } else {
+    return curve.right();
   }
 }
 
@@ -158,14 +170,14 @@ template <typename Curve>
 PYCERT_CALL inline Line below(const Curve& curve, const Span& s) {
   const double p = curve.left(), q = curve.right();
   bool from_lower = s.middle < p, from_upper = s.middle > q;
+  const double slope = Curve::kLinearEnds && s.middle == q ? inner_jet(curve, q).first : s.at_middle.first;
   if (!from_lower && !from_upper) {
     const auto exceeds = [&](double x, double value) {
-      return s.at_middle.value + s.at_middle.first * (x - s.middle) > value;
+      return s.at_middle.value + slope * (x - s.middle) > value;
     };
     from_lower = s.lower < p && exceeds(s.lower, s.at_lower.value);
     from_upper = s.upper > q && exceeds(s.upper, s.at_upper.value);
-    if (!from_lower && !from_upper)
-      return {s.at_middle.first, Follows::Midpoint, s.middle, Touches::Inside, s.middle};
+    if (!from_lower && !from_upper) return {slope, Follows::Midpoint, s.middle, Touches::Inside, s.middle};
   }
   const Line chord = chord_line(curve, s);
   if (chord.follows == Follows::Midpoint || (from_lower && from_upper) || s.upper <= p || s.lower >= q) return chord;
@@ -190,7 +202,7 @@ PYCERT_CALL inline Line touching(const Curve& curve, const Span& s, double sign)
     line.point = x;
   };
   offer(s.upper, s.at_upper.value, Touches::Upper);
-  const double edges[4] = {s.lower, clip(curve.left(), s.lower, s.upper), clip(curve.right(), s.lower, s.upper),
+  const double edges[4] = {s.lower, clip(curve.left(), s.lower, s.upper), clip(convex_end(curve), s.lower, s.upper),
                            s.upper};
   for (int piece = 0; piece < 3; ++piece) {
     const bool is_convex = piece == 1;
@@ -259,16 +271,24 @@ PYCERT_CALL inline double intercept_above(const Curve& curve, const Span& s, dou
   return result;
 }
 
-// Lower bound of f(x) - slope x over the interval, for any slope. Concave pieces are decided at their ends.
+// Lower bound of f(x) - slope x over the interval, for any slope. Concave and straight pieces are decided at their ends;
+// `hint` is where the convex piece is touched, if inside.
 template <typename Curve>
 PYCERT_CALL inline double intercept_below(const Curve& curve, const Span& s, double slope, double hint) {
-  const double start = larger(s.lower, curve.left()), end = smaller(s.upper, curve.right());
+  const double start = larger(s.lower, curve.left()), end = smaller(s.upper, convex_end(curve));
   const double result = smaller(sub_down(curve.enclose(s.lower, s.at_lower.value).lower, mul_up(slope, s.lower)),
                                 sub_down(curve.enclose(s.upper, s.at_upper.value).lower, mul_up(slope, s.upper)));
   if (!(start < end)) return result;
-  double t = clip(hint, start, end);
-  if (hint < start && end < s.upper) t = point_of_slope(curve, slope, start, end, true);  // a chord over both p and q
-  if (hint < start && end == s.upper) t = end;
+  double t = hint;
+  if (!(hint > start && hint < end)) {
+    if (inner_jet(curve, start).first >= slope) {
+      t = start;
+    } else if (inner_jet(curve, end).first <= slope) {
+      t = end;
+    } else {
+      t = point_of_slope(curve, slope, larger(start, smaller(-Curve::kFar, end)), end, true);
+    }
+  }
   return smaller(result, piece_below(curve, start, end, t, slope));
 }
 

@@ -75,21 +75,25 @@ DERIVATIVES: dict[str, Callable[[Tensor, Attributes], Tensor]] = {
     "softsign": lambda x, _: (1 + x.abs()) ** -2,
     "exp": lambda x, _: x.exp(),
     "log": lambda x, _: 1 / x,
-    "sqrt": lambda x, _: 0.5 / x.sqrt(),
+    "sqrt": lambda x, _: torch.where(x > 0, 0.5 / x.sqrt(), 0.0),
     "reciprocal": lambda x, _: -(x**-2),
     "square": lambda x, _: 2 * x,
     "sin": lambda x, _: x.cos(),
     "cos": lambda x, _: -x.sin(),
 }
 
-#: Inflections (kinks count as such) and whether the pieces between them are convex, from left to right.
+#: Inflections and whether the pieces between them are convex, from left to right. A kink counts as two, the kink and the
+#: number below it, so that the derivative is continuous on every other piece.
 PIECES: dict[str, tuple[tuple[float, ...], tuple[bool, ...]]] = {
     "softplus": ((), (True,)),
     "silu": ((-2.399357280515467, 2.399357280515467), (False, True, False)),
     "mish": ((-2.256376396360793, 1.4905711794854284), (False, True, False)),
     "gelu": ((-math.sqrt(2), math.sqrt(2)), (False, True, False)),
     "gelu_tanh": ((-1.4185040087908284, 1.4185040087908284), (False, True, False)),
-    "hardswish": ((-3.0, 3.0), (False, True, False)),
+    "hardswish": (
+        (math.nextafter(-3, -4), -3.0, math.nextafter(3, 2), 3.0),
+        (False, False, True, False, False),
+    ),
     "softsign": ((0.0,), (True, False)),
     "exp": ((), (True,)),
     "log": ((), (False,)),
@@ -103,13 +107,14 @@ def _pieces(
     op: str, attributes: Attributes, lower: Tensor, upper: Tensor
 ) -> tuple[tuple[float, ...], tuple[bool, ...]]:
     if op == "elu":
-        return ((0.0,), (True, False)) if attributes.get("alpha", 1.0) > 1 else ((), (True,))
+        return (math.nextafter(0.0, -1.0), 0.0), (True, attributes.get("alpha", 1.0) <= 1, True)
     if op not in ("sin", "cos"):
         return PIECES[op]
     shift = 0.0 if op == "sin" else 0.5
     ends = [math.floor(end / math.pi - shift) for end in (lower.min().item(), upper.max().item())]
     zeros = range(ends[0], ends[1] + 2)
-    convex = tuple(k % 2 == 0 for k in (*zeros, ends[1] + 2))  # sin is concave after its zeros 2k pi
+    even = op == "sin"  # before its zero 0 sin is negative and convex, cos before pi / 2 positive and concave
+    convex = tuple((k % 2 == 0) == even for k in (*zeros, ends[1] + 2))
     return tuple((k + shift) * math.pi for k in zeros), convex
 
 
