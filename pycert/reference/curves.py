@@ -45,6 +45,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Attributes], Tensor]] = {
 }
 
 
+_FAR = 100.0  # beyond this argument a sine's pieces are too many, and its bounds here are -1 and 1
+
+
 def _cubic(x: Tensor) -> Tensor:
     return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
@@ -127,8 +130,10 @@ def _entry(op: str, attributes: Attributes, lower: Tensor, upper: Tensor) -> reg
 
 
 def _defined(op: str, lower: Tensor, upper: Tensor) -> Tensor:
-    """Where the function is finite on the whole of a finite interval."""
+    """Where the function is finite on the whole of a finite interval; for sine and cosine not too far out."""
     finite = lower.isfinite() & upper.isfinite()
+    if op in ("sin", "cos"):
+        return lower.abs().maximum(upper.abs()) < _FAR
     if op in ("log", "reciprocal"):
         return finite & ((lower > 0) | (upper < 0) if op == "reciprocal" else lower > 0)
     return finite & (lower >= 0) if op == "sqrt" else finite
@@ -143,7 +148,7 @@ def interval_image(
     image = registered.interval_of(_entry(op, attributes, low, high), low, high)
     if op == "softplus":
         image = _jump(attributes, low, high, image[0]), image[1]
-    infinite = torch.full_like(lower, math.inf)
+    infinite = torch.full_like(lower, 1.0 if op in ("sin", "cos") else math.inf)
     return torch.where(known, image[0], -infinite), torch.where(known, image[1], infinite)
 
 
@@ -169,7 +174,7 @@ def lines(op: str, attributes: Attributes, lower: Tensor, upper: Tensor, slope: 
             torch.where(same, one, found.upper_slope),
             torch.where(same, 0.0, found.upper_intercept),
         )
-    infinite = torch.full_like(lower, math.inf)
+    infinite = torch.full_like(lower, 1.0 if op in ("sin", "cos") else math.inf)
     return ActivationLines(
         torch.where(known, found.lower_slope, 0.0),
         torch.where(known, found.lower_intercept, -infinite),
