@@ -1,4 +1,4 @@
-"""Area between the two lines around each activation, beside the least possible and beside auto_LiRPA's; time per interval."""
+"""Area between the lines around each activation, beside the least possible and auto_LiRPA's; time per interval."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ class Layer(nn.Module):
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """Options of the subject ``relaxation``."""
-    parser.add_argument("--grid", type=int, default=60, help="ends per axis of the grid of intervals (default 60)")
+    parser.add_argument(
+        "--grid", type=int, default=60, help="ends per axis of the grid of intervals (default 60)"
+    )
 
 
 def intervals(domain: str, count: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +107,8 @@ def theirs(case: Case, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         )
     line = found[bounded.output_name[0]][bounded.input_name[0]]
     below, above = (
-        line[f"{side}A"].double().reshape(-1, 1) * middle.double() + line[f"{side}bias"].double().reshape(-1, 1)
+        line[f"{side}A"].double().reshape(-1, 1) * middle.double()
+        + line[f"{side}bias"].double().reshape(-1, 1)
         for side in "lu"
     )
     return below, above
@@ -118,7 +121,11 @@ def least(case: Case, lower: Tensor, upper: Tensor, points: int = 160) -> Tensor
     y = curves.FUNCTIONS[case.name](x, case.arguments) if case.name in curves.FUNCTIONS else case.run(x)
     best: list[Tensor] = []
     for row_x, row_y in zip(x.split(64), y.split(64), strict=True):
-        left, right, middle = row_x[:, : points + 1, None], row_x[:, None, points:], row_x[:, points, None, None]
+        left, right, middle = (
+            row_x[:, : points + 1, None],
+            row_x[:, None, points:],
+            row_x[:, points, None, None],
+        )
         width = (right - left).clamp(min=1e-300)
         share = ((middle - left) / width).clamp(0, 1)
         value = row_y[:, : points + 1, None] * (1 - share) + row_y[:, None, points:] * share
@@ -144,7 +151,9 @@ def measure(label: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
     try:
         below, above = theirs(case, lower, upper)
         ratio = (area / (above - below))[counts & ((above - below) > 1e-5 * size)]
-        row.update({"to auto_LiRPA, mean %": percent(ratio.mean()), "to auto_LiRPA, worst %": percent(ratio.max())})
+        row.update(
+            {"to auto_LiRPA, mean %": percent(ratio.mean()), "to auto_LiRPA, worst %": percent(ratio.max())}
+        )
     except ImportError:
         pass
     except Exception as error:  # the peer has no such operator, or fails: said in the table
@@ -170,6 +179,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "Area between pycert's two lines beyond the least area that any two lines leave (brute force on points, which "
         "miss kinks and so make it a little too small), and beyond that of auto_LiRPA's CROWN lines (negative: ours is "
         "smaller); mean and worst over the intervals. An error's name: auto_LiRPA does not bound this operator.",
-        "Intervals: all pairs of a grid on [-8, 8]; on [0.02, 16] where the domain is positive. `ns`: time per interval.",
+        "Intervals: all pairs of a grid on [-8, 8]; on [0.02, 16] for positive domains. `ns`: time per interval.",
     ]
     return {"tables": [{"title": "Areas of relaxations", "columns": columns, "rows": rows}], "notes": notes}

@@ -77,10 +77,14 @@ LOWEST = {
     "gelu_tanh": -0.7524614220710163,
     "hardswish": -1.5,
 }
-EVERY = pytest.mark.parametrize("curve", CURVES, ids=lambda c: c.name + "".join(map(str, c.arguments.values())))
+EVERY = pytest.mark.parametrize(
+    "curve", CURVES, ids=lambda c: c.name + "".join(map(str, c.arguments.values()))
+)
 
 
-def boxes_of(curve: Curve, seed: int, count: int, dtype: torch.dtype, exponent: float) -> tuple[Tensor, Tensor]:
+def boxes_of(
+    curve: Curve, seed: int, count: int, dtype: torch.dtype, exponent: float
+) -> tuple[Tensor, Tensor]:
     """Boxes over many scales, moved into the domain."""
     lower, upper = random_boxes(seed, count, dtype, exponent)
     return into_domain(curve, lower, upper)
@@ -152,8 +156,14 @@ def test_float32_lines_and_intervals_contain_every_sample(curve, slope):
         assert violation(lines, x, torch.where(known, y, 0.0), 2.0**-52) <= 0 or not known.all()
         below, above = (t.double() for t in image_of(curve, lower, upper))
         assert (below <= y).all() and (y <= above).all()
-        below, above = lines.lower_slope * x + lines.lower_intercept, lines.upper_slope * x + lines.upper_intercept
-        rounding = 2.0**-50 * (lines.lower_slope * x).abs().maximum((lines.upper_slope * x).abs()) + 2.0**-50 * y.abs()
+        below, above = (
+            lines.lower_slope * x + lines.lower_intercept,
+            lines.upper_slope * x + lines.upper_intercept,
+        )
+        rounding = (
+            2.0**-50 * (lines.lower_slope * x).abs().maximum((lines.upper_slope * x).abs())
+            + 2.0**-50 * y.abs()
+        )
         assert (below - rounding <= y)[known].all() and (y <= above + rounding)[known].all()
 
 
@@ -165,29 +175,55 @@ def test_deployed_lines_and_intervals_contain_float32_executions(curve, slope):
         lower, upper = boxes_of(curve, 11, 2048, torch.float32, exponent)
         t = torch.rand(17, len(lower), generator=generator)
         x = torch.cat([(lower + (upper - lower) * t).maximum(lower).minimum(upper), lower[None], upper[None]])
-        strided = torch.stack([x, x], -1)[..., 0]  # other kernels of the same function: gathers and scalar tails
+        strided = torch.stack([x, x], -1)[
+            ..., 0
+        ]  # other kernels of the same function: gathers and scalar tails
         lines = lines_of(curve, lower, upper, slope=slope, deployed=True)
         low, high = image_of(curve, lower, upper, deployed=True)
-        for y in (curve.run(x), curve.run(strided), torch.stack([curve.run(row[:7].clone()) for row in x.t()], 1)):
+        for y in (
+            curve.run(x),
+            curve.run(strided),
+            torch.stack([curve.run(row[:7].clone()) for row in x.t()], 1),
+        ):
             rows = len(y)
             assert (low <= y).all() and (y <= high).all()
             finite = y.isfinite()
             assert (finite | (lines.lower_intercept.isinf() | lines.upper_intercept.isinf())).all()
-            assert violation(lines, x[:rows].double(), torch.where(finite, y, low.nan_to_num(0, 0, 0)).double(), 2.0**-52) <= 0 or not finite.all()
+            assert (
+                violation(
+                    lines,
+                    x[:rows].double(),
+                    torch.where(finite, y, low.nan_to_num(0, 0, 0)).double(),
+                    2.0**-52,
+                )
+                <= 0
+                or not finite.all()
+            )
 
 
 @EVERY
 def test_what_an_execution_errs_is_within_half_of_the_charge(curve):
     """On every 2^13th float32 and densely near 0, by torch's vectorised kernels, and by the scalar ones for some."""
     every = torch.arange(-(2**31), 2**31, 2**13).to(torch.int32).view(torch.float32)
-    x = torch.cat([every[every.isfinite()], torch.linspace(-12, 12, 100_001), torch.linspace(-100, 100, 50_001)])
-    x = x[x.abs() > 2.0**-126] if curve.domain == "either" else x[x > 2.0**-126] if curve.domain == "positive" else x
+    x = torch.cat(
+        [every[every.isfinite()], torch.linspace(-12, 12, 100_001), torch.linspace(-100, 100, 50_001)]
+    )
+    x = (
+        x[x.abs() > 2.0**-126]
+        if curve.domain == "either"
+        else x[x > 2.0**-126]
+        if curve.domain == "positive"
+        else x
+    )
     exact = curve.f(x.double()).double()
     low, high = image_of(curve, x, x, deployed=True)
     narrow, wide = image_of(curve, x, x)
     charge = torch.maximum(high.double() - wide.double(), narrow.double() - low.double())
     ulp = 2.0**-24 * exact.abs() + 2.0**-140
-    for y, where in ((curve.run(x), slice(None)), (curve.run(torch.stack([x, x], 1)[::16, 0]), slice(None, None, 16))):
+    for y, where in (
+        (curve.run(x), slice(None)),
+        (curve.run(torch.stack([x, x], 1)[::16, 0]), slice(None, None, 16)),
+    ):
         known = high[where].isfinite() & low[where].isfinite() & exact[where].isfinite()
         error = (y.double() - exact[where]).abs()
         assert (error <= 0.62 * charge[where] + 2 * ulp[where])[known].all()
@@ -248,7 +284,12 @@ def test_the_jump_of_softplus_is_enclosed():
 def test_float32_overflow_inside_a_network_is_enclosed():
     """torch's gelu gives infinity at 2e38, hardswish at 6e37, softplus before a threshold of 100."""
     x = torch.tensor([2e38, 3e38])
-    for name, f in (("gelu", F.gelu), ("hardswish", F.hardswish), ("exp", torch.exp), ("square", torch.square)):
+    for name, f in (
+        ("gelu", F.gelu),
+        ("hardswish", F.hardswish),
+        ("exp", torch.exp),
+        ("square", torch.square),
+    ):
         low, high = activation_interval(x, x, name, deployed=True)
         assert (f(x) <= high).all() and (low <= f(x)).all(), name
         assert (activation_lines(x, x, name, deployed=True).upper_intercept == INF).all(), name

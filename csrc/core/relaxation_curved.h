@@ -132,8 +132,8 @@ PYCERT_CALL inline Range<T> curved_interval(const Function& f, double lower, dou
         detail::may_overflow<T>(std::exp(detail::smaller(upper, detail::threshold(f).upper))))
       image.upper = inf;
   }
-  const bool is_positive = f.kind == Activation::Exp || f.kind == Activation::Square || f.kind == Activation::Softplus ||
-                           (f.kind == Activation::Sqrt && image.lower > -inf);
+  const bool is_positive = f.kind == Activation::Exp || f.kind == Activation::Square ||
+                           f.kind == Activation::Softplus || (f.kind == Activation::Sqrt && image.lower > -inf);
   if (is_positive && image.lower < 0.0 && (f.kind != Activation::Softplus || f.b > 0.0)) image.lower = 0.0;
   return {cast_down<T>(image.lower), cast_up<T>(image.upper)};
 }

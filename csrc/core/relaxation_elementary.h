@@ -105,8 +105,7 @@ struct GeluTanhCurve : SmoothCurve {
     const double r = 1.0 / (1.0 + e);
     const double s = x >= 0.0 ? r : e * r, rest = x >= 0.0 ? e * r : r;
     const double first = s * rest;
-    return {x * s, s + x * first * slope,
-            2.0 * first * slope + x * first * ((rest - s) * slope * slope + bend)};
+    return {x * s, s + x * first * slope, 2.0 * first * slope + x * first * ((rest - s) * slope * slope + bend)};
   }
 };
 
@@ -118,9 +117,7 @@ struct HardswishCurve : SmoothCurve {
   PYCERT_HD static inline double right() { return 3.0; }
   PYCERT_HD static inline double seam() { return 3.0; }
   PYCERT_HD static inline bool narrow(double lower, double upper) { return upper - lower < 1e-7; }
-  PYCERT_HD static inline double chord(double lower, double upper) {
-    return plain_chord<HardswishCurve>(lower, upper);
-  }
+  PYCERT_HD static inline double chord(double lower, double upper) { return plain_chord<HardswishCurve>(lower, upper); }
   PYCERT_HD static inline Jet inner(double x) { return {x * (x + 3.0) / 6.0, (2.0 * x + 3.0) / 6.0, 1.0 / 3.0}; }
   PYCERT_HD static inline Jet jet(double x) {
     return x < -3.0 ? Jet{0.0, 0.0, 0.0} : x < 3.0 ? inner(x) : Jet{x, 1.0, 0.0};
@@ -217,7 +214,9 @@ struct SquareCurve : ConvexCurve {
   PYCERT_HD static inline bool narrow(double, double) { return false; }
   PYCERT_HD static inline double chord(double lower, double upper) { return lower + upper; }
   PYCERT_HD static inline Jet jet(double x) { return {x * x, 2.0 * x, 2.0}; }
-  PYCERT_HD static inline Range<double> enclose(double x, double) { return {larger(mul_down(x, x), 0.0), mul_up(x, x)}; }
+  PYCERT_HD static inline Range<double> enclose(double x, double) {
+    return {larger(mul_down(x, x), 0.0), mul_up(x, x)};
+  }
 };
 
 // x / (1 + |x|), convex left of 0 and concave right of it: for curve_pair.
@@ -234,7 +233,8 @@ struct SoftsignCurve {
   PYCERT_HD static inline double point(double slope) { return 1.0 / std::sqrt(slope) - 1.0; }
 };
 
-// ---- sine and cosine -------------------------------------------------------------------------------------------------
+// ---- sine and cosine
+// -------------------------------------------------------------------------------------------------
 
 constexpr double kTurn = 6.28318530717958648, kQuarter = 1.57079632679489662;
 constexpr double kMostTurns = 0x1p20;  // beyond this argument peaks are not located, and lines are constant

@@ -16,7 +16,9 @@ struct Function {
   PYCERT_HD inline bool is_kinked() const { return is_leaky() || kind == Activation::Abs; }
   PYCERT_HD inline bool is_wave() const { return kind == Activation::Sin || kind == Activation::Cos; }
   PYCERT_HD inline bool is_curved() const { return kind >= Activation::Sin; }  // Sin, Cos and relaxation_shapes.h's
-  PYCERT_HD inline bool is_smooth() const { return kind == Activation::Sigmoid || kind == Activation::Tanh || kind >= Activation::Softsign; }
+  PYCERT_HD inline bool is_smooth() const {
+    return kind == Activation::Sigmoid || kind == Activation::Tanh || kind >= Activation::Softsign;
+  }
 
   // Calls body(curve) with the curve of relaxation_shapes.h, the one around x where it depends on x.
   template <typename Body>

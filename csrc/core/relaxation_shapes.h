@@ -4,7 +4,8 @@
 // A Curve gives
 //   left(), right()   p and q; the curvature's sign may be wrong within 1e-14 of them, where |f''| < 1e-14: what that
 //                     adds to f - slope x lies far below kElementary |f(p)|, by which f(p) is widened
-//   kLinearEnds       both outer pieces are straight, with a kink at p and q; otherwise f' is continuous, and where both
+//   kLinearEnds       both outer pieces are straight, with a kink at p and q; otherwise f' is continuous, and where
+//   both
 //                     outer pieces exist, slopes are <= 0 on the left one and positive on the right one: no line
 //                     touches both
 //   seam()            where kLinearEnds: where the right outer piece begins, even if the kink is convex and q = +inf
@@ -55,8 +56,9 @@ PYCERT_CALL inline Span span_of(const Curve& curve, double lower, double middle,
   return {lower, middle, upper, curve.jet(lower), curve.jet(middle), curve.jet(upper)};
 }
 
-// The t in [low, high] whose tangent passes through (start, at_start): the zero of f'(t)(t - start) - (f(t) - at_start),
-// which rises or falls all the way. Newton's method inside a bracket. An error in t costs area, never validity.
+// The t in [low, high] whose tangent passes through (start, at_start): the zero of f'(t)(t - start) - (f(t) -
+// at_start), which rises or falls all the way. Newton's method inside a bracket. An error in t costs area, never
+// validity.
 template <typename Curve>
 PYCERT_CALL inline double tangent_from(const Curve& curve, double start, double at_start, double low, double high,
                                        bool rises, double guess) {
@@ -164,17 +166,15 @@ PYCERT_CALL inline bool tangent_below(const Curve& curve, const Span& s, bool fr
 }
 
 // The line of least area below the curve: the tangent at the midpoint, or the line through one end that touches the
-// convex piece, or the chord. Where the tangents from both ends cross, nothing but the chord is left: of two tangents of
-// a convex function the one that touches further right is higher right of both.
+// convex piece, or the chord. Where the tangents from both ends cross, nothing but the chord is left: of two tangents
+// of a convex function the one that touches further right is higher right of both.
 template <typename Curve>
 PYCERT_CALL inline Line below(const Curve& curve, const Span& s) {
   const double p = curve.left(), q = curve.right();
-  bool from_lower = s.middle < p, from_upper = s.middle > q;
+  bool from_lower = s.middle<p, from_upper = s.middle> q;
   const double slope = Curve::kLinearEnds && s.middle == q ? inner_jet(curve, q).first : s.at_middle.first;
   if (!from_lower && !from_upper) {
-    const auto exceeds = [&](double x, double value) {
-      return s.at_middle.value + slope * (x - s.middle) > value;
-    };
+    const auto exceeds = [&](double x, double value) { return s.at_middle.value + slope * (x - s.middle) > value; };
     from_lower = s.lower < p && exceeds(s.lower, s.at_lower.value);
     from_upper = s.upper > q && exceeds(s.upper, s.at_upper.value);
     if (!from_lower && !from_upper) return {slope, Follows::Midpoint, s.middle, Touches::Inside, s.middle};
@@ -187,8 +187,8 @@ PYCERT_CALL inline Line below(const Curve& curve, const Span& s) {
   return tangent_below(curve, s, from_lower, line) ? line : chord;
 }
 
-// Where f - slope x is least (sign -1) or greatest (sign 1) of both ends, p, q and the points with f' = slope: for lines
-// with the slope of the chord.
+// Where f - slope x is least (sign -1) or greatest (sign 1) of both ends, p, q and the points with f' = slope: for
+// lines with the slope of the chord.
 template <typename Curve>
 PYCERT_CALL inline Line touching(const Curve& curve, const Span& s, double sign) {
   Line line = chord_line(curve, s);
@@ -220,14 +220,14 @@ PYCERT_CALL inline Line touching(const Curve& curve, const Span& s, double sign)
 
 // Where a line touches the inner of a piece, as far as it is known; one end where it does not.
 PYCERT_CALL inline double touching_point(const Line& line, double middle) {
-  return line.follows == Follows::Midpoint                                     ? middle
+  return line.follows == Follows::Midpoint                                  ? middle
          : line.follows == Follows::Lower || line.follows == Follows::Upper ? line.anchor
                                                                             : line.point;
 }
 
-// f - slope x over the piece [start, end], enclosed on the side where f lies on one side of its tangents: for any t of a
-// concave piece, f(x) <= f(t) + f'(t)(x - t), hence
-// f(x) - slope x <= f(t) - slope t + max((f'(t) - slope)(end - t), (slope - f'(t))(t - start), 0).
+// f - slope x over the piece [start, end], enclosed on the side where f lies on one side of its tangents: for any t of
+// a concave piece, f(x) <= f(t) + f'(t)(x - t), hence f(x) - slope x <= f(t) - slope t + max((f'(t) - slope)(end - t),
+// (slope - f'(t))(t - start), 0).
 template <typename Curve>
 PYCERT_CALL inline double piece_above(const Curve& curve, double start, double end, double t, double slope) {
   const Jet at = curve.jet(t);
@@ -266,13 +266,14 @@ PYCERT_CALL inline double intercept_above(const Curve& curve, const Span& s, dou
   }
   if (s.upper > q) {
     const double start = larger(s.lower, q);
-    result = larger(result, piece_above(curve, start, s.upper, hint >= start ? smaller(hint, s.upper) : s.upper, slope));
+    result =
+        larger(result, piece_above(curve, start, s.upper, hint >= start ? smaller(hint, s.upper) : s.upper, slope));
   }
   return result;
 }
 
-// Lower bound of f(x) - slope x over the interval, for any slope. Concave and straight pieces are decided at their ends;
-// `hint` is where the convex piece is touched, if inside.
+// Lower bound of f(x) - slope x over the interval, for any slope. Concave and straight pieces are decided at their
+// ends; `hint` is where the convex piece is touched, if inside.
 template <typename Curve>
 PYCERT_CALL inline double intercept_below(const Curve& curve, const Span& s, double slope, double hint) {
   const double start = larger(s.lower, curve.left()), end = smaller(s.upper, convex_end(curve));

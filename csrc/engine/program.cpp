@@ -91,9 +91,7 @@ int64_t kind_of(Op op) {
 }
 
 double first_number(const Node& node) { return node.op == Op::Clamp ? node.minimum : node.slope; }
-double second_number(const Node& node) {
-  return node.op == Op::Clamp || node.op == Op::Softplus ? node.maximum : 0.0;
-}
+double second_number(const Node& node) { return node.op == Op::Clamp || node.op == Op::Softplus ? node.maximum : 0.0; }
 
 bool is_affine(Op op) {
   return !is_activation(op) && op != Op::Input && op != Op::MaxPool && op != Op::Max2 && op != Op::Min2;

@@ -47,8 +47,8 @@ struct Description {
 };
 
 void check_description(const char* op, const Tensor& lower, const Description& d) {
-  TORCH_CHECK_VALUE(d.kind >= 0 && d.kind < kActivations, op, ": kind must be a number from 0 to ",
-                    kActivations - 1, " (see csrc/core/relaxation_lines.h), got ", d.kind);
+  TORCH_CHECK_VALUE(d.kind >= 0 && d.kind < kActivations, op, ": kind must be a number from 0 to ", kActivations - 1,
+                    " (see csrc/core/relaxation_lines.h), got ", d.kind);
   TORCH_CHECK_VALUE(!std::isnan(d.a) && !std::isnan(d.b), op, ": a and b must be numbers, got ", d.a, " and ", d.b);
   TORCH_CHECK_VALUE(static_cast<Activation>(d.kind) != Activation::Elu || (d.a >= 0 && d.a <= FLT_MAX), op,
                     ": ELU's alpha must be finite and not negative, got ", d.a);
@@ -367,7 +367,8 @@ Tensors2 activation_interval(const Tensor& lower, const Tensor& upper, int64_t k
 }
 
 // lower, upper: [B, *shape]. kind: Activation. parameter: PReLU's slope, 1 value or one per channel (dimension 1).
-// a: LeakyReLU's slope, ELU's alpha, or clamp's min; b: clamp's max, or softplus' threshold. slope: Slope. deployed: also charge the network's own rounding.
+// a: LeakyReLU's slope, ELU's alpha, or clamp's min; b: clamp's max, or softplus' threshold. slope: Slope. deployed:
+// also charge the network's own rounding.
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def("relu_relaxation(Tensor lower, Tensor upper, int slope) -> (Tensor, Tensor, Tensor)");
   m.def(

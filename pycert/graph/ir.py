@@ -46,8 +46,9 @@ op                    params                     attrs and meaning
 Everything else is lowered to these: slicing, padding, permuting, flipping and broadcasting become
 ``gather``; concatenation in an inner dimension ``concat`` + ``gather``; MaxMin ``add``, ``max2``,
 ``min2``; SELU, CELU and the beta of Softplus are products by constants around ``elu`` and ``softplus``,
-Hardsigmoid a ``clamp`` between two; Tanhshrink and Softshrink subtract ``tanh`` and ``clamp`` from x; means over dimensions ``gather`` + ``sum``; an adaptive pool with unequal windows ``linear``
-+ ``div_const``.
+Hardsigmoid a ``clamp`` between two; Tanhshrink and Softshrink subtract ``tanh`` and ``clamp`` from x;
+powers are ``square``, ``sqrt`` and ``reciprocal`` in turn; means over dimensions ``gather`` + ``sum``; an
+adaptive pool with unequal windows ``linear`` + ``div_const``.
 
 What a slot is read from is a :class:`Slot`, an :class:`Expression` or a :class:`Constant`. The value
 of a factor, divisor or term has at most as many dimensions as the node's shape (never a batch

@@ -84,7 +84,8 @@ _CONTROL = "control flow and comparisons on values cannot be bounded; use relu, 
 _CONSTANT = "one factor must be a constant, a parameter or a buffer"
 _FROZEN = "values of the network are not known while it is traced"
 _HINTS = {
-    _ACTIVATION: """hardshrink logsigmoid log_sigmoid threshold expm1 log1p atan arctan erf sign heaviside tan asin acos sinh cosh logit exp2 log2 log10 sinc atan2 xlogy floor ceil round""",
+    _ACTIVATION: """hardshrink logsigmoid log_sigmoid threshold expm1 log1p atan arctan erf sign
+        heaviside tan asin acos sinh cosh logit exp2 log2 log10 sinc atan2 xlogy floor ceil round""",
     _CONTROL: "gt lt ge le eq ne __eq__ __ne__ __gt__ __lt__ __ge__ __le__ __bool__ isnan isfinite isinf equal "
     "allclose any all nonzero argmax argmin argsort logical_not logical_and is_nonzero __contains__ isclose",
     _FROZEN: "item tolist numpy grad __array__ __float__ __int__ __index__ __iter__ data_ptr backward __complex__",

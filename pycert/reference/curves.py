@@ -85,8 +85,8 @@ DERIVATIVES: dict[str, Callable[[Tensor, Attributes], Tensor]] = {
     "cos": lambda x, _: -x.sin(),
 }
 
-#: Inflections and whether the pieces between them are convex, from left to right. A kink counts as two, the kink and the
-#: number below it, so that the derivative is continuous on every other piece.
+#: Inflections and whether the pieces between them are convex, from left to right. A kink counts as two, the kink and
+#: the number below it, so that the derivative is continuous on every other piece.
 PIECES: dict[str, tuple[tuple[float, ...], tuple[bool, ...]]] = {
     "softplus": ((), (True,)),
     "silu": ((-2.399357280515467, 2.399357280515467), (False, True, False)),
@@ -139,9 +139,7 @@ def _defined(op: str, lower: Tensor, upper: Tensor) -> Tensor:
     return finite & (lower >= 0) if op == "sqrt" else finite
 
 
-def interval_image(
-    op: str, attributes: Attributes, lower: Tensor, upper: Tensor
-) -> tuple[Tensor, Tensor]:
+def interval_image(op: str, attributes: Attributes, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """The least interval that holds the values on ``[lower, upper]``, infinite where one does not exist."""
     known = _defined(op, lower, upper)
     low, high = (torch.where(known, end, 1.0) for end in (lower, upper))
