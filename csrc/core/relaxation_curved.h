@@ -74,7 +74,7 @@ PYCERT_CALL inline LinePair curved_pair(const Function& f, double lower, double 
 // Where values of the network's T are large, a step of its own arithmetic may overflow although f does not.
 template <typename T>
 PYCERT_HD inline bool may_overflow(double size) {
-  return size > 0.125 * double(std::numeric_limits<T>::max());
+  return size > 0.125 * double(largest<T>());
 }
 
 // The image of [lower, upper] in real arithmetic; infinite on both sides where f is undefined in it, or has a pole.

@@ -7,7 +7,7 @@
 namespace pycert::detail {
 
 PYCERT_HD inline Range<double> widened(double value, double relative = kElementary, double absolute = kTail) {
-  constexpr double most = 0.5 * std::numeric_limits<double>::max();
+  const double most = 0.5 * largest<double>();
   if (value - value != 0.0)  // overflow or NaN
     return {value > 0.0 ? most : -infinity<double>(), value < 0.0 ? -most : infinity<double>()};
   const double slack = add_up(relative * std::fabs(value), absolute);

@@ -60,6 +60,17 @@ PYCERT_HD inline double smallest_normal<double>() {
   return DBL_MIN;
 }
 
+template <typename T>
+PYCERT_HD inline T largest();
+template <>
+PYCERT_HD inline float largest<float>() {
+  return FLT_MAX;
+}
+template <>
+PYCERT_HD inline double largest<double>() {
+  return DBL_MAX;
+}
+
 // u: the largest relative error of one rounding to nearest.
 template <typename T>
 PYCERT_HD inline T unit_roundoff();
