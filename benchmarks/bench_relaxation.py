@@ -191,8 +191,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "Area between pycert's two lines beyond the least area that any two lines leave (brute force on points, which "
         "miss kinks and so make it a little too small), and beyond that of auto_LiRPA's CROWN lines (negative: ours is "
         "smaller); mean and worst over the intervals. An error's name: auto_LiRPA does not bound this operator.",
-        "`auto_LiRPA below least`: intervals, left out of the comparison, where its lines leave less than the least "
-        "possible area, that is, do not enclose the curve.",
+        "`auto_LiRPA below least`: intervals, left out of the comparison, where its lines, as called here, leave less "
+        "than the least possible area, that is, do not enclose the curve.",
         "Intervals: all pairs of a grid on [-8, 8]; on [0.02, 16] for positive domains. `ns`: time per interval.",
     ]
     return {"tables": [{"title": "Areas of relaxations", "columns": columns, "rows": rows}], "notes": notes}
