@@ -17,6 +17,7 @@ SUBJECTS = {
     "soundness": "benchmarks.bench_soundness",
     "trace": "benchmarks.bench_trace",
     "estimate": "benchmarks.bench_estimate",
+    "relaxation": "benchmarks.bench_relaxation",
     "paradox": "benchmarks.paradox",
 }
 

@@ -56,6 +56,21 @@ const std::unordered_map<std::string, Op>& op_names() {
                                                             {"leaky_relu", Op::LeakyRelu},
                                                             {"prelu", Op::PRelu},
                                                             {"clamp", Op::Clamp},
+                                                            {"softsign", Op::Softsign},
+                                                            {"sin", Op::Sin},
+                                                            {"cos", Op::Cos},
+                                                            {"elu", Op::Elu},
+                                                            {"softplus", Op::Softplus},
+                                                            {"silu", Op::Silu},
+                                                            {"mish", Op::Mish},
+                                                            {"gelu", Op::Gelu},
+                                                            {"gelu_tanh", Op::GeluTanh},
+                                                            {"hardswish", Op::Hardswish},
+                                                            {"exp", Op::Exp},
+                                                            {"log", Op::Log},
+                                                            {"sqrt", Op::Sqrt},
+                                                            {"reciprocal", Op::Reciprocal},
+                                                            {"square", Op::Square},
                                                             {"custom", Op::Custom}};
   return names;
 }
@@ -91,9 +106,11 @@ Node node_of(const py::dict& d) {
     read(attrs, "divisor", node.divisor);
   read(attrs, "eps", node.eps);
   read(attrs, "slope", node.slope);
+  read(attrs, "alpha", node.slope);
   read(attrs, "fill", node.fill);
   read(attrs, "min", node.minimum);
   read(attrs, "max", node.maximum);
+  read(attrs, "threshold", node.maximum);
   read(attrs, "sign", node.sign);
   read(attrs, "module", node.module);
   read(attrs, "name", node.name);

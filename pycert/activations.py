@@ -192,7 +192,13 @@ def custom_lines(
     Soundness: outward rounded, under the conditions of :func:`register_activation`.
     Gradient: with respect to both ends.
     """
-    entry = activation(name)
+    return lines_of(activation(name), lower, upper, slope_rule, deployed)
+
+
+def lines_of(
+    entry: Activation, lower: Tensor, upper: Tensor, slope_rule: int | str = 0, deployed: bool = False
+) -> ActivationLines:
+    """:func:`custom_lines` for an activation that need not be registered."""
     if slope_rule not in (*SLOPES, *range(len(SLOPES))):
         raise ValueError(
             f"custom_lines: slope_rule must be one of {SLOPES} or its number, got {slope_rule!r}"
@@ -213,7 +219,13 @@ def custom_interval(name: str, lower: Tensor, upper: Tensor, deployed: bool = Fa
 
     Arguments, errors and promises as in :func:`custom_lines`; returns the lower and the upper end.
     """
-    entry = activation(name)
+    return interval_of(activation(name), lower, upper, deployed)
+
+
+def interval_of(
+    entry: Activation, lower: Tensor, upper: Tensor, deployed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """:func:`custom_interval` for an activation that need not be registered."""
     low, high = _finite(lower, upper)
     flat = torch.zeros_like(low)
     ends = []

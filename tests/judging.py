@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from nets import box_of
 from pycert.graph.ir import ACTIVATIONS, AFFINE, Graph, Node
+from pycert.reference import curves
 from pycert.reference import graph as execution
 from pycert.reference.bounds import Interval, Walk
 
@@ -53,12 +55,28 @@ class Judge:
                 steepest = max(1.0, abs(node.attrs["slope"]))
             if node.op == "prelu":
                 steepest = max(1.0, float(walk.slots[node.params[0]].detach().abs().max()))
+            if node.op in curves.DERIVATIVES:
+                return self._curved_error(node, walk.bounds[node.inputs[0]], errors[0])
             if node.op == "custom":  # SiLU is the only one in nets.py
                 return 1.1 * errors[0] + 32 * ROUNDOFF * (1 + magnitude[0])
             return steepest * errors[0] + 32 * ROUNDOFF * (1 + magnitude[0].minimum(torch.ones(())))
         if node.op == "max_pool":
             return execution.apply(node, walk.slots, errors[0])
         return errors[0].maximum(errors[1])
+
+    def _curved_error(self, node: Node, box: Interval, error: Tensor) -> Tensor:
+        """|f'| is greatest at an end, or at most 1.2 where it is not monotone; it may grow by the error itself."""
+        ends = torch.stack([box.lower - error, box.upper + error])
+        slopes = curves.DERIVATIVES[node.op](ends, node.attrs).abs().nan_to_num(nan=math.inf)
+        values = curves.FUNCTIONS[node.op](ends, node.attrs).abs().nan_to_num(nan=math.inf)
+        steepest = slopes.amax(0).clamp(min=1.2)
+        jump = 0.0
+        if node.op == "softplus":  # which side of the jump a value lies on is within its error
+            threshold = torch.tensor(node.attrs["threshold"], dtype=torch.float64)
+            near = (ends[0] <= threshold) & (ends[1] >= threshold) & (error > 0)
+            jump = near * torch.log1p(torch.exp(-threshold))
+        product = torch.where(error > 0, steepest * error, 0.0)
+        return product + jump + 64 * ROUNDOFF * (1 + values.amax(0))
 
     def _batch_norm_terms(self, number: int, magnitude: Tensor) -> Tensor:
         node = self.graph.nodes[number]

@@ -97,6 +97,15 @@ ELEMENTWISE: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "abs": lambda: Apply(lambda self, x: x.abs()),
     "custom": registered_silu,
+    "elu": lambda: nn.Sequential(nn.ELU(1.7), nn.SELU(), nn.CELU(0.6)),
+    "silu": lambda: nn.Sequential(nn.SiLU(), nn.Mish()),
+    "gelu": lambda: nn.Sequential(nn.GELU(), nn.GELU(approximate="tanh")),
+    "softplus": lambda: nn.Sequential(nn.Softplus(), nn.Softplus(-0.7, 1.0)),
+    "hard": lambda: nn.Sequential(nn.Hardswish(), nn.Hardsigmoid()),
+    "shrink": lambda: nn.Sequential(nn.Tanhshrink(), nn.Softshrink(0.1), nn.Softsign()),
+    "exp_log": lambda: Apply(lambda self, x: (x.exp() + 0.5).log()),
+    "roots": lambda: Apply(lambda self, x: 1 / (x * x + 0.3).sqrt()),
+    "waves": lambda: Apply(lambda self, x: x.sin() - 2 * x.cos()),
 }
 
 

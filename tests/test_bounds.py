@@ -16,8 +16,11 @@ from pycert.reference import bounds as reference
 METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
 F64 = torch.float64
 # Lines around curved activations may be chosen differently; they have tests of their own.
+CURVES = "mlp_elu mlp_silu mlp_gelu mlp_softplus mlp_hard mlp_shrink mlp_exp_log mlp_roots mlp_waves".split()
 CURVED = {
-    name for name in nets.BUILDERS if any(k in name for k in ("sigmoid", "tanh", "prelu_channels", "one_dim"))
+    name
+    for name in nets.BUILDERS
+    if name in CURVES or any(k in name for k in ("sigmoid", "tanh", "prelu_channels", "one_dim"))
 }
 PIECEWISE_LINEAR = [name for name in nets.BUILDERS if name not in CURVED]
 

@@ -468,7 +468,7 @@ def test_opcheck():
     weight = torch.rand(6, dtype=torch.float64, requires_grad=True)
     ops = torch.ops.pycert
     cases = [(ops.relu_relaxation.default, (lower, upper, 1))]
-    for kind in range(7):
+    for kind in (0, 1, 2, 3, 4, 6, 7, 8, 10, 11, 14):
         parameter = weight if kind == 2 else None
         cases.append((ops.activation_lines.default, (lower, upper, kind, parameter, 0.1, 0.5, 0, True)))
         cases.append((ops.activation_interval.default, (lower, upper, kind, parameter, 0.1, 0.5, True)))
@@ -549,14 +549,20 @@ def test_errors_say_what_must_hold():
     with pytest.raises(ValueError, match="relu_relaxation: slope must be one of 'adaptive'"):
         relu_relaxation(x, x, slope="steep")
     with pytest.raises(ValueError, match="activation_lines: activation must be one of 'relu'"):
-        activation_lines(x, x, "gelu")
+        activation_lines(x, x, "gelo")
     with pytest.raises(ValueError, match="weight must be given for prelu"):
         activation_interval(x, x, "prelu")
     with pytest.raises(ValueError, match="one per channel .* got 2 values"):
         activation_lines(x, x, "prelu", weight=torch.ones(2))
     with pytest.raises(ValueError, match="negative_slope must be finite"):
         activation_lines(x, x, "leaky_relu", negative_slope=INF)
-    with pytest.raises(ValueError, match="kind must be a number from 0 to 6"):
-        torch.ops.pycert.activation_lines(x, x, 9, None, 0.0, 0.0, 0, False)
+    with pytest.raises(ValueError, match="alpha must be finite and not negative, got -1"):
+        activation_lines(x, x, "elu", alpha=-1.0)
+    with pytest.raises(ValueError, match="ELU's alpha must be finite and not negative, got -1"):
+        torch.ops.pycert.activation_lines(x, x, 10, None, -1.0, 0.0, 0, False)
+    with pytest.raises(ValueError, match="threshold must be a number"):
+        activation_interval(x, x, "softplus", threshold=math.nan)
+    with pytest.raises(ValueError, match="kind must be a number from 0 to 21"):
+        torch.ops.pycert.activation_lines(x, x, 22, None, 0.0, 0.0, 0, False)
     with pytest.raises(ValueError, match="slope must be 0"):
         torch.ops.pycert.relu_relaxation(x, x, 7)

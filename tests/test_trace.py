@@ -144,6 +144,10 @@ LAYERS = {
     "sigmoid": (lambda: nn.Sigmoid(), (4, 3)),
     "tanh": (lambda: nn.Tanh(), (4, 3)),
     "rrelu": (lambda: nn.RReLU(), (4, 3)),
+    "elu": (lambda: nn.Sequential(nn.ELU(1.3), nn.ELU(inplace=True), nn.SELU(), nn.CELU(0.4), nn.CELU()), (4, 3)),
+    "silu": (lambda: nn.Sequential(nn.SiLU(inplace=True), nn.Mish(), nn.GELU(), nn.GELU(approximate="tanh")), (4, 3)),
+    "softplus": (lambda: nn.Sequential(nn.Softplus(), nn.Softplus(2.0, 0.7), nn.Softsign()), (4, 3)),
+    "hardswish": (lambda: nn.Sequential(nn.Hardswish(inplace=True), nn.Tanhshrink(), nn.Softshrink(0.1)), (4, 3)),
 }  # fmt: skip
 
 MOVEMENT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
@@ -283,7 +287,16 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "pools": (lambda m, x: F.max_pool2d(x, 2, 1) - F.avg_pool2d(x, (2, 2), stride=1), (2, 4, 5)),
     "adaptive": (lambda m, x: F.adaptive_avg_pool2d(x, 1) + F.adaptive_max_pool2d(x, (1, 2)), (2, 4, 6)),
     "dropouts": (lambda m, x: F.dropout(x, 0.3, m.training) + F.dropout2d(x, 0.0, True), (2, 4, 6)),
-    "power_one": (lambda m, x: x**1, (2,)),
+    "powers": (lambda m, x: x**1 + x**2 - x.pow(2.0) + torch.pow(x, -2) + x.abs() ** 0.5 - (x.abs() + 1) ** -0.5, (2,)),
+    "squares": (lambda m, x: x * x + torch.square(x) - x.square() + torch.mul(x, x), (2,)),
+    "quotients": (lambda m, x: 1 / x - 2.5 / x.exp() + torch.arange(1.0, 3.0) / x + x.reciprocal() - 1 / torch.tensor(3) / x, (2,)),
+    "exponential": (lambda m, x: x.exp() - torch.exp(x / 2) + (x.abs() + 1).log() - torch.log(x.exp()) + x.clone().exp_(), (3,)),
+    "roots": (lambda m, x: x.abs().sqrt() + torch.sqrt(x.square() + 1) - torch.rsqrt(x.abs() + 1) + (x.abs() + 1).rsqrt(), (3,)),
+    "waves": (lambda m, x: x.sin() - torch.cos(x) + torch.sin(x).cos(), (3,)),
+    "elus": (lambda m, x: F.elu(x, 0.3) - F.elu_(x.clone()) + F.selu(x) - torch.celu(x, 1.7) + F.celu(x) + torch.selu(x), (3,)),
+    "gelus": (lambda m, x: F.gelu(x) - F.gelu(x, approximate="tanh") + F.silu(x) - F.mish(x, inplace=False), (3,)),
+    "softplus": (lambda m, x: F.softplus(x) - F.softplus(x, beta=-3) + F.softplus(x, 2.0, 0.5) - F.softsign(x), (3,)),
+    "hards": (lambda m, x: F.hardswish(x) - F.hardsigmoid(x * 9) + F.tanhshrink(x) - F.softshrink(x, 0.3), (3,)),
 }  # fmt: skip
 
 LIVE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -24,7 +24,10 @@ def refused(net: nn.Module, *shape: int, match: str) -> UnsupportedOperator:
 
 
 LAYERS = {
-    "gelu": (nn.GELU(), (3,), "GELU", "register_activation"),
+    "hardshrink": (nn.Hardshrink(), (3,), "Hardshrink", "register_activation"),
+    "elu": (nn.ELU(-1.0), (3,), "elu with alpha=-1", "negative"),
+    "celu": (nn.CELU(-1.0), (3,), "celu with alpha=-1", "positive"),
+    "softplus": (nn.Softplus(0.0), (3,), "softplus with beta=0", "beta not 0"),
     "softmax": (nn.Softmax(1), (3,), "Softmax", "logits"),
     "layer_norm": (nn.LayerNorm(3), (3,), "LayerNorm", "BatchNorm"),
     "group_norm": (nn.GroupNorm(1, 4), (4, 3), "GroupNorm", "BatchNorm"),
@@ -41,12 +44,12 @@ LAYERS = {
 }  # fmt: skip
 
 FUNCTIONS = {
-    "product": (lambda m, x: x * x, "a product of two values", "one factor"),
+    "product": (lambda m, x: x * x.flip(1), "a product of two values", "one factor"),
     "matrix_product": (lambda m, x: x.unsqueeze(1) @ x.unsqueeze(2), "a matrix product of two values", "one factor"),
-    "division": (lambda m, x: 1 / (x + 2), "division by a value", "divisor"),
-    "quotient": (lambda m, x: x / x.sum(1, keepdim=True), "division by a value", "divisor"),
-    "power": (lambda m, x: x**2, "pow", "abs"),
-    "exponential": (lambda m, x: x.exp(), "exp", "register_activation"),
+    "quotient": (lambda m, x: x / x.sum(1, keepdim=True), "a quotient of two values", "divisor"),
+    "power": (lambda m, x: x**3, "pow", "0.5"),
+    "power_of_a_constant": (lambda m, x: 2**x, "pow", ""),
+    "logarithm": (lambda m, x: x.log1p(), "log1p", "register_activation"),
     "floor_division": (lambda m, x: x // 2, "floordiv", "without rounding"),
     "softmax": (lambda m, x: F.softmax(x, dim=1), "softmax", "logits"),
     "threshold": (lambda m, x: F.threshold(x, 1.0, 0.0), "threshold at 1", "clamp"),
@@ -147,7 +150,7 @@ def test_the_batch_stays_first_and_samples_apart(name):
 def test_the_source_line_is_that_of_the_forward():
     def forward(m, x):
         y = x + 1
-        return y * y
+        return y * x
 
     line = forward.__code__.co_firstlineno + 2
     assert f"line {line}" in refused(Apply(forward), 3, match="product").hint

@@ -6,21 +6,9 @@
 // network's own arithmetic gives: f is widened by its rounding error (docs/soundness.md).
 #pragma once
 
-#include "core/relaxation_kinked.h"
+#include "core/relaxation_curved.h"
 
 namespace pycert {
-
-// What the network's own arithmetic in T may add to or take from f(x), for the others. Clamp's limits are rounded to T
-// (it is 1-Lipschitz in them); ReLU is exact. Elementary functions: 32 u max(1, |f|), and here |f| <= 1.
-template <typename T>
-PYCERT_HD inline double rounding_charge(const Function& f) {
-  if (f.kind == Activation::Clamp) {
-    const double low = std::fabs(f.a - double(static_cast<T>(f.a)));  // exact, or NaN where infinite
-    const double high = std::fabs(f.b - double(static_cast<T>(f.b)));
-    return detail::larger(low > 0.0 ? low : 0.0, high > 0.0 ? high : 0.0);
-  }
-  return f.kind == Activation::Relu ? 0.0 : 32.0 * double(unit_roundoff<T>());
-}
 
 namespace detail {
 
@@ -79,6 +67,8 @@ PYCERT_HD inline LinePair choose_lines(const Function& f, double lower, double u
       return detail::curve_pair<detail::SigmoidCurve>(lower, upper, rule);
     case Activation::Tanh:
       return detail::curve_pair<detail::TanhCurve>(lower, upper, rule);
+    case Activation::Softsign:
+      return detail::curve_pair<detail::SoftsignCurve>(lower, upper, rule);
     case Activation::Abs:
       return detail::kink_pair(f, lower, upper, 0.0, -1.0, 1.0, rule);
     case Activation::Clamp:
@@ -87,13 +77,16 @@ PYCERT_HD inline LinePair choose_lines(const Function& f, double lower, double u
       return detail::clamp_pair(f, lower, upper, rule);
     case Activation::Relu:
       return detail::kink_pair(f, lower, upper, 0.0, 0.0, 1.0, rule);
-    default:
+    case Activation::LeakyRelu:
+    case Activation::PRelu:
       return detail::kink_pair(f, lower, upper, 0.0, f.a, 1.0, rule);
+    default:
+      return detail::curved_pair(f, lower, upper, rule);
   }
 }
 
-// Encloses f([lower, upper]), outward rounded; (-inf, inf) where an end is NaN. These functions are monotone, so both
-// ends decide.
+// Encloses f([lower, upper]), outward rounded; (-inf, inf) where an end is NaN. Those that are left at the end are
+// monotone, so both ends decide.
 template <typename T>
 PYCERT_HD inline Range<T> activation_interval(const Function& f, T lower, T upper, bool deployed) {
   if (f.is_kinked()) {
@@ -101,6 +94,7 @@ PYCERT_HD inline Range<T> activation_interval(const Function& f, T lower, T uppe
     return deployed ? kinked_interval<T, true>(k, lower, upper) : kinked_interval<T, false>(k, lower, upper);
   }
   if (!(lower == lower && upper == upper)) return {-infinity<T>(), infinity<T>()};
+  if (f.is_curved()) return curved_interval<T>(f, lower, upper, deployed);
   const double charge = deployed ? rounding_charge<T>(f) : 0.0;
   return {cast_down<T>(sub_down(f.down(lower), charge)), cast_up<T>(add_up(f.up(upper), charge))};
 }
@@ -119,6 +113,7 @@ PYCERT_HD inline Lines<T> activation_lines(const Function& f, T lower, T upper, 
     const Range<T> range = activation_interval(f, lower, upper, deployed);
     return {T(0), range.lower, T(0), range.upper};
   }
+  if (f.is_curved()) return curved_lines<T>(f, lower, upper, rule, deployed);
   const LinePair chosen = choose_lines(f, l, u, rule);
   const T lower_slope = static_cast<T>(chosen.lower.slope), upper_slope = static_cast<T>(chosen.upper.slope);
   const double k = lower_slope, m = upper_slope;
@@ -129,6 +124,9 @@ PYCERT_HD inline Lines<T> activation_lines(const Function& f, T lower, T upper, 
   } else if (f.kind == Activation::Tanh) {
     low = -detail::intercept_above<detail::TanhCurve>(-u, -l, k);
     high = detail::intercept_above<detail::TanhCurve>(l, u, m);
+  } else if (f.kind == Activation::Softsign) {
+    low = -detail::intercept_above<detail::SoftsignCurve>(-u, -l, k);
+    high = detail::intercept_above<detail::SoftsignCurve>(l, u, m);
   } else {  // clamp: f - slope x is linear between these points
     const double points[4] = {l, u, f.a, f.b};
     low = infinity<double>(), high = -infinity<double>();
@@ -196,25 +194,25 @@ PYCERT_HD inline Range<T> relu_gradient(T lower, T upper, T grad_slope, T grad_i
 PYCERT_HD inline Gradient lines_gradient(const Function& f, double lower, double upper, Slope rule,
                                          const Lines<double>& grad) {
   if (!(detail::finite(lower) && detail::finite(upper) && lower <= upper)) return {0.0, 0.0, 0.0};
+  if (!f.has_lines(lower, upper)) return {0.0, 0.0, 0.0};
   const LinePair chosen = choose_lines(f, lower, upper, rule);
   const Gradient low = line_gradient(f, chosen.lower, lower, upper, grad.lower_slope, grad.lower_intercept);
   const Gradient high = line_gradient(f, chosen.upper, lower, upper, grad.upper_slope, grad.upper_intercept);
   return {low.lower + high.lower, low.upper + high.upper, low.parameter + high.parameter};
 }
 
-// Gradient through activation_interval: each bound follows the end it is taken at, or none at an inner minimum.
+// Gradient through activation_interval: each bound follows the end it is taken at, or none at an inner extremum.
 PYCERT_HD inline Gradient interval_gradient(const Function& f, double lower, double upper, double grad_lower,
                                             double grad_upper) {
   Gradient result = {0.0, 0.0, 0.0};
-  if (!(detail::finite(lower) && detail::finite(upper))) return result;
+  if (!(detail::finite(lower) && detail::finite(upper)) || !f.is_defined(lower, upper)) return result;
   const double at_lower = f.up(lower), at_upper = f.up(upper);
-  const bool has_zero = lower < 0.0 && upper > 0.0;
-  const double at_zero = f.up(0.0);
   for (int side = 0; side < 2; ++side) {
     const double sign = side == 0 ? 1.0 : -1.0;
     const double grad = side == 0 ? grad_lower : grad_upper;
     const bool is_lower = sign * at_lower <= sign * at_upper;
-    if (has_zero && sign * at_zero < sign * (is_lower ? at_lower : at_upper)) continue;
+    const double inside = f.extremum(upper, side == 1);
+    if (inside > lower && inside < upper && sign * f.up(inside) < sign * (is_lower ? at_lower : at_upper)) continue;
     (is_lower ? result.lower : result.upper) += grad * f.derivative(is_lower ? lower : upper);
     result.parameter += grad * f.parameter_derivative(is_lower ? lower : upper);
   }

@@ -1,11 +1,12 @@
 // One activation with its numbers, and the functions with one kink at 0.
 #pragma once
 
-#include "core/relaxation_curves.h"
+#include "core/relaxation_elementary.h"
 
 namespace pycert {
 
-// One activation with its numbers: a is the slope of LeakyReLU and PReLU, [a, b] the range of clamp.
+// One activation with its numbers: a is the slope of LeakyReLU and PReLU, or ELU's alpha; [a, b] the range of clamp; b
+// the threshold of Softplus.
 
 struct Function {
   Activation kind;
@@ -13,6 +14,54 @@ struct Function {
 
   PYCERT_HD inline bool is_leaky() const { return kind == Activation::LeakyRelu || kind == Activation::PRelu; }
   PYCERT_HD inline bool is_kinked() const { return is_leaky() || kind == Activation::Abs; }
+  PYCERT_HD inline bool is_wave() const { return kind == Activation::Sin || kind == Activation::Cos; }
+  PYCERT_HD inline bool is_curved() const { return kind >= Activation::Sin; }  // Sin, Cos and relaxation_shapes.h's
+  PYCERT_HD inline bool is_smooth() const {
+    return kind == Activation::Sigmoid || kind == Activation::Tanh || kind >= Activation::Softsign;
+  }
+
+  // Calls body(curve) with the curve of relaxation_shapes.h, the one around x where it depends on x.
+  template <typename Body>
+  PYCERT_CALL inline auto visit(double x, const Body& body) const {
+    using namespace detail;
+    switch (kind) {
+      case Activation::Elu:
+        return body(EluCurve(a));
+      case Activation::Softplus:
+        return body(SoftplusCurve());
+      case Activation::Silu:
+        return body(SiluCurve());
+      case Activation::Mish:
+        return body(MishCurve());
+      case Activation::Gelu:
+        return body(GeluCurve());
+      case Activation::GeluTanh:
+        return body(GeluTanhCurve());
+      case Activation::Hardswish:
+        return body(HardswishCurve());
+      case Activation::Exp:
+        return body(ExpCurve());
+      case Activation::Log:
+        return body(LogCurve());
+      case Activation::Sqrt:
+        return body(SqrtCurve());
+      case Activation::Reciprocal:
+        return body(ReciprocalCurve(x < 0.0));
+      case Activation::Square:
+        return body(SquareCurve());
+      default:
+        return body(WaveCurve(kind == Activation::Cos, 1.0, x));
+    }
+  }
+  // Softplus is the identity beyond its threshold.
+  PYCERT_CALL inline detail::Jet jet(double x) const {
+    if (kind == Activation::Softplus && x > b) return {x, 1.0, 0.0};
+    return visit(x, [&](const auto& curve) { return curve.jet(x); });
+  }
+  PYCERT_CALL inline Range<double> range(double x) const {
+    if (kind >= Activation::Silu && kind <= Activation::GeluTanh && x < -1e300) x = -1e300;  // no -inf * 0
+    return visit(x, [&](const auto& curve) { return curve.enclose(x, curve.jet(x).value); });
+  }
 
   // f(x) rounded up (negate both for down): piecewise linear functions but for the leaky product are exact.
   PYCERT_HD inline double up(double x) const {
@@ -30,8 +79,11 @@ struct Function {
         return detail::value_up<detail::SigmoidCurve>(x);
       case Activation::Tanh:
         return detail::value_up<detail::TanhCurve>(x);
+      case Activation::Softsign:
+        return detail::value_up<detail::SoftsignCurve>(x);
+      default:
+        return range(x).upper;
     }
-    return infinity<double>();
   }
   PYCERT_HD inline double down(double x) const {
     switch (kind) {
@@ -42,8 +94,53 @@ struct Function {
         return -detail::value_up<detail::Reflected<detail::SigmoidCurve>>(-x);
       case Activation::Tanh:
         return -detail::value_up<detail::TanhCurve>(-x);
+      case Activation::Softsign:
+        return -detail::value_up<detail::SoftsignCurve>(-x);
       default:
-        return up(x);
+        return is_curved() ? range(x).lower : up(x);
+    }
+  }
+
+  // Whether f is defined and finite on [lower, upper].
+  PYCERT_HD inline bool is_defined(double lower, double upper) const {
+    switch (kind) {
+      case Activation::Log:
+        return lower > 0.0;
+      case Activation::Sqrt:
+        return lower >= 0.0;
+      case Activation::Reciprocal:
+        return lower > 0.0 || upper < 0.0;
+      default:
+        return true;
+    }
+  }
+
+  // Whether the lines on a finite interval follow its ends.
+  PYCERT_HD inline bool has_lines(double lower, double upper) const {
+    if (is_wave()) return detail::larger(std::fabs(lower), std::fabs(upper)) <= detail::kMostTurns;
+    return is_defined(lower, upper);
+  }
+
+  // Where f may be least, or greatest, in an interval beside its ends.
+  PYCERT_HD inline double extremum(double upper, bool greatest) const {
+    switch (kind) {
+      case Activation::Silu:
+        return detail::SiluCurve::kLowest;
+      case Activation::Mish:
+        return detail::MishCurve::kLowest;
+      case Activation::Gelu:
+        return detail::GeluCurve::kLowest;
+      case Activation::GeluTanh:
+        return detail::GeluTanhCurve::kLowest;
+      case Activation::Hardswish:
+        return detail::HardswishCurve::kLowest;
+      case Activation::Softplus:
+        return b;  // where it jumps down to the identity
+      case Activation::Sin:
+      case Activation::Cos:
+        return detail::WaveCurve(kind == Activation::Cos, greatest ? 1.0 : -1.0, upper).peak;
+      default:
+        return 0.0;
     }
   }
 
@@ -63,13 +160,23 @@ struct Function {
         return detail::SigmoidCurve::jet(x).first;
       case Activation::Tanh:
         return detail::TanhCurve::jet(x).first;
+      case Activation::Softsign:
+        return detail::SoftsignCurve::jet(x).first;
+      default:
+        return jet(x).first;
     }
-    return 0.0;
   }
   PYCERT_HD inline double second(double x) const {
-    return kind == Activation::Sigmoid ? detail::SigmoidCurve::jet(x).second
-           : kind == Activation::Tanh  ? detail::TanhCurve::jet(x).second
-                                       : 0.0;
+    switch (kind) {
+      case Activation::Sigmoid:
+        return detail::SigmoidCurve::jet(x).second;
+      case Activation::Tanh:
+        return detail::TanhCurve::jet(x).second;
+      case Activation::Softsign:
+        return detail::SoftsignCurve::jet(x).second;
+      default:
+        return is_curved() ? jet(x).second : 0.0;
+    }
   }
   // df/da of the leaky ones.
   PYCERT_HD inline double parameter_derivative(double x) const { return is_leaky() && x < 0.0 ? x : 0.0; }

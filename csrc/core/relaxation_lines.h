@@ -5,7 +5,33 @@
 
 namespace pycert {
 
-enum class Activation : int { Relu, LeakyRelu, PRelu, Clamp, Sigmoid, Tanh, Abs };
+// The first seven have formulas of their own; Softsign goes with Sigmoid and Tanh, Sin and Cos are periodic, the others
+// are convex between two points and concave beyond them (relaxation_shapes.h).
+enum class Activation : int {
+  Relu,
+  LeakyRelu,
+  PRelu,
+  Clamp,
+  Sigmoid,
+  Tanh,
+  Abs,
+  Softsign,
+  Sin,
+  Cos,
+  Elu,
+  Softplus,
+  Silu,
+  Mish,
+  Gelu,
+  GeluTanh,
+  Hardswish,
+  Exp,
+  Log,
+  Sqrt,
+  Reciprocal,
+  Square
+};
+constexpr int kActivations = int(Activation::Square) + 1;
 
 // Adaptive: the line of least area, which is the one that supports the envelope of f at the midpoint (CROWN's choice
 // for ReLU). Parallel: the slope of the chord on both sides (Fast-Lin), for clamp, sigmoid and tanh as well. Zero and

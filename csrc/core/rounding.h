@@ -24,6 +24,12 @@
 #else
 #define PYCERT_HD
 #endif
+// Functions that are too long to be inlined everywhere.
+#if defined(__CUDACC__)
+#define PYCERT_CALL __host__ __device__
+#else
+#define PYCERT_CALL
+#endif
 
 #if defined(__FAST_MATH__)
 #error "pycert's bounds are not sound under -ffast-math"
@@ -52,6 +58,17 @@ PYCERT_HD inline float smallest_normal<float>() {
 template <>
 PYCERT_HD inline double smallest_normal<double>() {
   return DBL_MIN;
+}
+
+template <typename T>
+PYCERT_HD inline T largest();
+template <>
+PYCERT_HD inline float largest<float>() {
+  return FLT_MAX;
+}
+template <>
+PYCERT_HD inline double largest<double>() {
+  return DBL_MAX;
 }
 
 // u: the largest relative error of one rounding to nearest.

@@ -63,7 +63,7 @@ PYCERT_CLONES void relu_chunk(const double* lower, const double* upper, Slope ru
 // Calls body(begin, end, function) for runs of elements that share one function.
 template <typename T, typename Body>
 void for_runs(const ActivationArguments<T>& arguments, const Body& body) {
-  const bool is_smooth = arguments.function.kind == Activation::Sigmoid || arguments.function.kind == Activation::Tanh;
+  const bool is_smooth = arguments.function.is_smooth();
   for_range(arguments.count, is_smooth ? kSlowGrain : kGrain, [&](int64_t begin, int64_t end) {
     Function function = arguments.function;
     if (!arguments.parameter || arguments.channels == 1) {

@@ -4,13 +4,19 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/convolution.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/hardswish.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
+#include <ATen/ops/mish.h>
 #include <ATen/ops/prelu.h>
 #include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/softplus.h>
 #include <ATen/ops/var_mean.h>
 
 #include "engine/context.h"
@@ -140,6 +146,51 @@ std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs
         break;
       case Op::Clamp:
         values[i] = at::clamp(in(0), node.minimum, node.maximum);
+        break;
+      case Op::Softsign:
+        values[i] = in(0) / (in(0).abs() + 1);
+        break;
+      case Op::Sin:
+        values[i] = in(0).sin();
+        break;
+      case Op::Cos:
+        values[i] = in(0).cos();
+        break;
+      case Op::Elu:
+        values[i] = at::elu(in(0), node.slope);
+        break;
+      case Op::Softplus:
+        values[i] = at::softplus(in(0), 1, node.maximum);
+        break;
+      case Op::Silu:
+        values[i] = at::silu(in(0));
+        break;
+      case Op::Mish:
+        values[i] = at::mish(in(0));
+        break;
+      case Op::Gelu:
+        values[i] = at::gelu(in(0));
+        break;
+      case Op::GeluTanh:
+        values[i] = at::gelu(in(0), "tanh");
+        break;
+      case Op::Hardswish:
+        values[i] = at::hardswish(in(0));
+        break;
+      case Op::Exp:
+        values[i] = in(0).exp();
+        break;
+      case Op::Log:
+        values[i] = in(0).log();
+        break;
+      case Op::Sqrt:
+        values[i] = in(0).sqrt();
+        break;
+      case Op::Reciprocal:
+        values[i] = in(0).reciprocal();
+        break;
+      case Op::Square:
+        values[i] = in(0).square();
         break;
       case Op::Custom: {  // a point's image is a box without width
         const auto image = c.options().custom_interval(node.name, in(0), in(0), false);

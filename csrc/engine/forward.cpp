@@ -289,9 +289,8 @@ Box Context::interval_step(int64_t i) {
       return custom_step(node, box(node.inputs[0]));
     default: {
       const auto& [l, u] = box(node.inputs[0]);
-      const bool clamp = node.op == Op::Clamp;
-      return activation_interval(l, u, kind_of(node.op), optional_of(param(node, 0)), clamp ? node.minimum : node.slope,
-                                 clamp ? node.maximum : 0.0, deployed());
+      return activation_interval(l, u, kind_of(node.op), optional_of(param(node, 0)), first_number(node),
+                                 second_number(node), deployed());
     }
   }
 }
@@ -320,13 +319,11 @@ Tensor Context::unstable(int64_t i) const {
                 .logical_and_(upper.gt(consumer.minimum))
                 .logical_or_(lower.lt(consumer.maximum).logical_and_(upper.gt(consumer.maximum))));
         break;
-      case Op::Sigmoid:
-      case Op::Tanh:
-      case Op::Custom:
       case Op::MaxPool:
         add(lower.lt(upper));
         break;
       default:
+        if (is_activation(consumer.op)) add(lower.lt(upper));
         break;
     }
   }

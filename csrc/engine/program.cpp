@@ -19,6 +19,21 @@ bool is_activation(Op op) {
     case Op::LeakyRelu:
     case Op::PRelu:
     case Op::Clamp:
+    case Op::Softsign:
+    case Op::Sin:
+    case Op::Cos:
+    case Op::Elu:
+    case Op::Softplus:
+    case Op::Silu:
+    case Op::Mish:
+    case Op::Gelu:
+    case Op::GeluTanh:
+    case Op::Hardswish:
+    case Op::Exp:
+    case Op::Log:
+    case Op::Sqrt:
+    case Op::Reciprocal:
+    case Op::Square:
     case Op::Custom:
       return true;
     default:
@@ -40,10 +55,43 @@ int64_t kind_of(Op op) {
       return int64_t(Activation::Tanh);
     case Op::Abs:
       return int64_t(Activation::Abs);
+    case Op::Softsign:
+      return int64_t(Activation::Softsign);
+    case Op::Sin:
+      return int64_t(Activation::Sin);
+    case Op::Cos:
+      return int64_t(Activation::Cos);
+    case Op::Elu:
+      return int64_t(Activation::Elu);
+    case Op::Softplus:
+      return int64_t(Activation::Softplus);
+    case Op::Silu:
+      return int64_t(Activation::Silu);
+    case Op::Mish:
+      return int64_t(Activation::Mish);
+    case Op::Gelu:
+      return int64_t(Activation::Gelu);
+    case Op::GeluTanh:
+      return int64_t(Activation::GeluTanh);
+    case Op::Hardswish:
+      return int64_t(Activation::Hardswish);
+    case Op::Exp:
+      return int64_t(Activation::Exp);
+    case Op::Log:
+      return int64_t(Activation::Log);
+    case Op::Sqrt:
+      return int64_t(Activation::Sqrt);
+    case Op::Reciprocal:
+      return int64_t(Activation::Reciprocal);
+    case Op::Square:
+      return int64_t(Activation::Square);
     default:
       return int64_t(Activation::Relu);
   }
 }
+
+double first_number(const Node& node) { return node.op == Op::Clamp ? node.minimum : node.slope; }
+double second_number(const Node& node) { return node.op == Op::Clamp || node.op == Op::Softplus ? node.maximum : 0.0; }
 
 bool is_affine(Op op) {
   return !is_activation(op) && op != Op::Input && op != Op::MaxPool && op != Op::Max2 && op != Op::Min2;

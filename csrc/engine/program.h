@@ -43,6 +43,21 @@ enum class Op {
   LeakyRelu,
   PRelu,
   Clamp,
+  Softsign,
+  Sin,
+  Cos,
+  Elu,
+  Softplus,
+  Silu,
+  Mish,
+  Gelu,
+  GeluTanh,
+  Hardswish,
+  Exp,
+  Log,
+  Sqrt,
+  Reciprocal,
+  Square,
   Custom
 };
 
@@ -79,8 +94,10 @@ struct Node {
 };
 
 bool is_affine(Op op);
-bool is_activation(Op op);  // elementwise, relaxed by two lines
-int64_t kind_of(Op op);     // pycert::Activation of an elementwise activation
+bool is_activation(Op op);               // elementwise, relaxed by two lines
+int64_t kind_of(Op op);                  // pycert::Activation of an elementwise activation
+double first_number(const Node& node);   // of an activation: slope, alpha or minimum
+double second_number(const Node& node);  // maximum or threshold
 
 class Program {
  public:

@@ -67,10 +67,8 @@ const Lines& Context::lines(int64_t activation) {
     const auto out = options_.custom_lines(node.name, l, u, options_.slope, deployed());
     found->second = {flat(out[0]), flat(out[1]), flat(out[2]), flat(out[3])};
   } else {
-    const bool clamp = node.op == Op::Clamp;
-    auto [ls, li, us, ui] =
-        activation_lines(l, u, kind_of(node.op), optional_of(param(node, 0)), clamp ? node.minimum : node.slope,
-                         clamp ? node.maximum : 0.0, options_.slope, deployed());
+    auto [ls, li, us, ui] = activation_lines(l, u, kind_of(node.op), optional_of(param(node, 0)), first_number(node),
+                                             second_number(node), options_.slope, deployed());
     found->second = {flat(ls), flat(li), flat(us), flat(ui)};
   }
   return found->second;

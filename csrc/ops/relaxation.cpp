@@ -47,9 +47,11 @@ struct Description {
 };
 
 void check_description(const char* op, const Tensor& lower, const Description& d) {
-  TORCH_CHECK_VALUE(d.kind >= 0 && d.kind <= int64_t(Activation::Abs), op,
-                    ": kind must be a number from 0 to 6 (see csrc/core/relaxation.h), got ", d.kind);
+  TORCH_CHECK_VALUE(d.kind >= 0 && d.kind < kActivations, op, ": kind must be a number from 0 to ", kActivations - 1,
+                    " (see csrc/core/relaxation_lines.h), got ", d.kind);
   TORCH_CHECK_VALUE(!std::isnan(d.a) && !std::isnan(d.b), op, ": a and b must be numbers, got ", d.a, " and ", d.b);
+  TORCH_CHECK_VALUE(static_cast<Activation>(d.kind) != Activation::Elu || (d.a >= 0 && d.a <= FLT_MAX), op,
+                    ": ELU's alpha must be finite and not negative, got ", d.a);
   const bool is_prelu = static_cast<Activation>(d.kind) == Activation::PRelu;
   const bool has_parameter = d.parameter.has_value() && d.parameter->defined();
   TORCH_CHECK_VALUE(is_prelu == has_parameter, op, ": parameter must be given for PReLU and for nothing else");
@@ -365,7 +367,8 @@ Tensors2 activation_interval(const Tensor& lower, const Tensor& upper, int64_t k
 }
 
 // lower, upper: [B, *shape]. kind: Activation. parameter: PReLU's slope, 1 value or one per channel (dimension 1).
-// a: LeakyReLU's slope, or clamp's min; b: clamp's max. slope: Slope. deployed: also charge the network's own rounding.
+// a: LeakyReLU's slope, ELU's alpha, or clamp's min; b: clamp's max, or softplus' threshold. slope: Slope. deployed:
+// also charge the network's own rounding.
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def("relu_relaxation(Tensor lower, Tensor upper, int slope) -> (Tensor, Tensor, Tensor)");
   m.def(

@@ -35,6 +35,8 @@ def rsub(tracer: Tracer, input: Any, other: Any, *, alpha: float = 1) -> Traced:
 def mul(tracer: Tracer, input: Any, other: Any) -> Traced:
     value, factor = (input, other) if isinstance(input, Traced) else (other, input)
     if isinstance(factor, Traced):
+        if tracer.node(value) == tracer.node(factor):
+            return activation(tracer, "square", value)
         tracer.refuse("a product of two values that depend on the input", _PRODUCT)
     return _by_constant(tracer, "mul_const", value, factor, neutral=1.0)
 
@@ -44,17 +46,16 @@ def div(tracer: Tracer, input: Any, other: Any, *, rounding_mode: str | None = N
     if rounding_mode is not None:
         tracer.refuse(f"div with rounding_mode='{rounding_mode}'", "divide without rounding")
     if isinstance(other, Traced):
-        tracer.refuse(
-            "division by a value that depends on the input", "the divisor must be a constant or parameter"
-        )
+        if isinstance(input, Traced):
+            hint = "the divisor or the dividend must be a constant or parameter"
+            tracer.refuse("a quotient of two values that depend on the input", hint)
+        return rdiv(tracer, other, input)
     return _by_constant(tracer, "div_const", input, other, neutral=1.0)
 
 
-@lowers("rdiv", "reciprocal")
+@lowers("rdiv")
 def rdiv(tracer: Tracer, input: Traced, other: Any = 1) -> Traced:
-    tracer.refuse(
-        "division by a value that depends on the input", "the divisor must be a constant or parameter"
-    )
+    return mul(tracer, reciprocal(tracer, input), other)
 
 
 @lowers("neg")
@@ -64,9 +65,23 @@ def neg(tracer: Tracer, input: Traced) -> Traced:
 
 @lowers("pow")
 def power(tracer: Tracer, input: Any, exponent: Any) -> Traced:
-    if isinstance(exponent, numbers.Real) and float(exponent) == 1.0:
-        return input
-    tracer.refuse("pow", "powers of values are not bounded; use abs or a product by a constant")
+    number = float(exponent) if isinstance(exponent, numbers.Real) else None
+    if number not in _POWERS or not isinstance(input, Traced):
+        tracer.refuse("pow", "of powers only 2, 1, 0.5, -0.5, -1 and -2 of a value are bounded")
+    for op in _POWERS[number]:
+        input = activation(tracer, op, input)
+    return input
+
+
+#: Exponents as activations, one after the other.
+_POWERS: dict[float | None, tuple[str, ...]] = {
+    1.0: (),
+    2.0: ("square",),
+    0.5: ("sqrt",),
+    -0.5: ("sqrt", "reciprocal"),
+    -1.0: ("reciprocal",),
+    -2.0: ("square", "reciprocal"),
+}
 
 
 def _sum(tracer: Tracer, left: Any, right: Any, factor: float) -> Traced:
@@ -147,6 +162,88 @@ def tanh(tracer: Tracer, input: Traced) -> Traced:
 @lowers("abs")
 def absolute(tracer: Tracer, input: Traced) -> Traced:
     return activation(tracer, "abs", input)
+
+
+def _plain(op: str) -> Any:
+    """An activation without arguments."""
+
+    def lowering(tracer: Tracer, input: Traced) -> Traced:
+        return activation(tracer, op, input)
+
+    return lowering
+
+
+for _name in "exp log sqrt square sin cos silu mish softsign hardswish reciprocal".split():
+    lowers(_name)(_plain(_name))
+
+
+def reciprocal(tracer: Tracer, input: Traced) -> Traced:
+    return activation(tracer, "reciprocal", input)
+
+
+@lowers("rsqrt")
+def rsqrt(tracer: Tracer, input: Traced) -> Traced:
+    return power(tracer, input, -0.5)
+
+
+@lowers("gelu")
+def gelu(tracer: Tracer, input: Traced, approximate: str = "none") -> Traced:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"{tracer.path}: gelu's approximate must be 'none' or 'tanh', got {approximate!r}")
+    return activation(tracer, "gelu" if approximate == "none" else "gelu_tanh", input)
+
+
+@lowers("elu")
+def elu(
+    tracer: Tracer, input: Traced, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+) -> Traced:
+    """``scale * x`` for x >= 0, ``scale * alpha * (exp(input_scale * x) - 1)`` below.
+
+    With v = input_scale * x that is scale / input_scale times v and alpha * input_scale * (exp(v) - 1).
+    """
+    if not (0 <= alpha < math.inf and 0 < input_scale < math.inf and abs(scale) < math.inf):
+        tracer.refuse(
+            f"elu with alpha={alpha}, scale={scale}, input_scale={input_scale}",
+            "alpha must not be negative, input_scale must be positive, and all of them finite",
+        )
+    inner = mul(tracer, input, input_scale)
+    return mul(
+        tracer, activation(tracer, "elu", inner, alpha=float(alpha) * input_scale), scale / input_scale
+    )
+
+
+@lowers("celu")
+def celu(tracer: Tracer, input: Traced, alpha: float = 1.0) -> Traced:
+    if not 0 < alpha < math.inf:
+        tracer.refuse(f"celu with alpha={alpha}", "alpha must be positive and finite")
+    return mul(tracer, activation(tracer, "elu", div(tracer, input, alpha), alpha=1.0), alpha)
+
+
+@lowers("selu")
+def selu(tracer: Tracer, input: Traced) -> Traced:
+    """Klambauer et al., "Self-Normalizing Neural Networks", NeurIPS 2017, with the constants of its appendix."""
+    return elu(tracer, input, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+
+
+@lowers("softplus")
+def softplus(tracer: Tracer, input: Traced, beta: float = 1.0, threshold: float = 20.0) -> Traced:
+    """``log(1 + exp(beta * x)) / beta``, and x where ``beta * x > threshold``."""
+    if not 0 < abs(beta) < math.inf or math.isnan(threshold):
+        tracer.refuse(f"softplus with beta={beta}, threshold={threshold}", "both must be finite, beta not 0")
+    inner = mul(tracer, input, beta)
+    return div(tracer, activation(tracer, "softplus", inner, threshold=float(threshold)), beta)
+
+
+@lowers("tanhshrink")
+def tanhshrink(tracer: Tracer, input: Traced) -> Traced:
+    return sub(tracer, input, activation(tracer, "tanh", input))
+
+
+@lowers("softshrink")
+def softshrink(tracer: Tracer, input: Traced, lambd: float = 0.5) -> Traced:
+    if not 0 <= lambd < math.inf:
+        tracer.refuse(f"softshrink with lambd={lambd}", "lambd must not be negative")
+    return sub(tracer, input, clamp(tracer, input, -float(lambd), float(lambd)))
 
 
 @lowers("leaky_relu")

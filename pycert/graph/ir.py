@@ -34,13 +34,21 @@ op                    params                     attrs and meaning
 ``leaky_relu``                                   ``slope`` (float)
 ``prelu``             slope                      slope: 1 value or one per channel (first dimension)
 ``clamp``                                        ``min``, ``max`` (floats, infinite where absent)
+``elu``                                          ``alpha`` (float): alpha (exp(x) - 1) for x < 0
+``softplus``                                     ``threshold`` (float): log(1 + exp(x)), x beyond it
+``silu mish hardswish``                          elementwise
+``gelu gelu_tanh``                               elementwise: with erf, and its approximation by tanh
+``softsign exp log sqrt``                        elementwise
+``reciprocal square sin cos``                    elementwise
 ``custom``                                       ``name``: of a function given to ``register_activation``
 ====================  =========================  ==================================================================
 
 Everything else is lowered to these: slicing, padding, permuting, flipping and broadcasting become
 ``gather``; concatenation in an inner dimension ``concat`` + ``gather``; MaxMin ``add``, ``max2``,
-``min2``; means over dimensions ``gather`` + ``sum``; an adaptive pool with unequal windows ``linear``
-+ ``div_const``.
+``min2``; SELU, CELU and the beta of Softplus are products by constants around ``elu`` and ``softplus``,
+Hardsigmoid a ``clamp`` between two; Tanhshrink and Softshrink subtract ``tanh`` and ``clamp`` from x;
+powers are ``square``, ``sqrt`` and ``reciprocal`` in turn; means over dimensions ``gather`` + ``sum``; an
+adaptive pool with unequal windows ``linear`` + ``div_const``.
 
 What a slot is read from is a :class:`Slot`, an :class:`Expression` or a :class:`Constant`. The value
 of a factor, divisor or term has at most as many dimensions as the node's shape (never a batch
@@ -65,7 +73,10 @@ AFFINE = frozenset(
     "linear conv batch_norm mul_const div_const add_const add sum avg_pool reshape gather concat".split()
 )
 #: Elementwise activations: one input, the same shape, relaxed by two lines.
-ACTIVATIONS = frozenset("relu abs sigmoid tanh leaky_relu prelu clamp custom".split())
+ACTIVATIONS = frozenset(
+    """relu abs sigmoid tanh leaky_relu prelu clamp elu softplus silu mish hardswish gelu gelu_tanh softsign
+    exp log sqrt reciprocal square sin cos custom""".split()
+)
 
 
 @dataclasses.dataclass

@@ -50,6 +50,7 @@ _ALIASES = {
     "fmax": "maximum",
     "fmin": "minimum",
     "_threshold": "threshold",
+    "__rpow__": "rpow",
 }
 
 #: Functions and properties that tell the form of a tensor, not its values.
@@ -78,16 +79,13 @@ RANDOM = frozenset(
     gumbel_softmax""".split()
 )
 
-_ACTIVATION = (
-    "use ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Sigmoid, Tanh or Abs, or pycert.register_activation"
-)
+_ACTIVATION = "use one of torch's common activations (docs/methods.md), or pycert.register_activation"
 _CONTROL = "control flow and comparisons on values cannot be bounded; use relu, maximum, minimum or clamp"
 _CONSTANT = "one factor must be a constant, a parameter or a buffer"
 _FROZEN = "values of the network are not known while it is traced"
 _HINTS = {
-    _ACTIVATION: """gelu silu elu celu selu mish softplus softsign hardswish hardshrink softshrink tanhshrink
-        logsigmoid log_sigmoid threshold exp expm1 log log1p sqrt rsqrt sin cos atan arctan erf square sign heaviside
-        reciprocal tan asin acos sinh cosh logit exp2 log2 log10 sinc atan2 xlogy floor ceil round""",
+    _ACTIVATION: """hardshrink logsigmoid log_sigmoid threshold expm1 log1p atan arctan erf sign
+        heaviside tan asin acos sinh cosh logit exp2 log2 log10 sinc atan2 xlogy floor ceil round""",
     _CONTROL: "gt lt ge le eq ne __eq__ __ne__ __gt__ __lt__ __ge__ __le__ __bool__ isnan isfinite isinf equal "
     "allclose any all nonzero argmax argmin argsort logical_not logical_and is_nonzero __contains__ isclose",
     _FROZEN: "item tolist numpy grad __array__ __float__ __int__ __index__ __iter__ data_ptr backward __complex__",

@@ -11,7 +11,11 @@ from torch import Tensor
 #: Slope rules, in the order of ``pycert::Slope`` (csrc/core/relaxation.h).
 SLOPES = ("adaptive", "parallel", "zero", "one")
 #: Activations, in the order of ``pycert::Activation``.
-ACTIVATIONS = ("relu", "leaky_relu", "prelu", "clamp", "sigmoid", "tanh", "abs")
+ACTIVATIONS = (
+    *("relu", "leaky_relu", "prelu", "clamp", "sigmoid", "tanh", "abs", "softsign", "sin", "cos", "elu"),
+    *("softplus", "silu", "mish", "gelu", "gelu_tanh", "hardswish", "exp", "log", "sqrt", "reciprocal"),
+    "square",
+)
 
 
 class ReluRelaxation(NamedTuple):
@@ -81,6 +85,8 @@ def activation_lines(
     weight: Tensor | None = None,
     min: float = -math.inf,
     max: float = math.inf,
+    alpha: float = 1.0,
+    threshold: float = 20.0,
 ) -> ActivationLines:
     """Lines around an activation ``f`` on every interval ``[lower, upper]``.
 
@@ -90,27 +96,34 @@ def activation_lines(
     Args:
         lower: ``(B, *shape)``, float32 or float64, in the units of the pre-activation.
         upper: like ``lower``, with ``lower <= upper`` (not checked).
-        activation: ``"relu"``, ``"leaky_relu"``, ``"prelu"``, ``"clamp"``, ``"sigmoid"``,
-            ``"tanh"`` or ``"abs"``.
+        activation: one of ``pycert.ops.relaxation.ACTIVATIONS``; ``"gelu"`` is the exact one,
+            ``"gelu_tanh"`` its approximation.
         slope: ``"adaptive"``: lines of least area. ``"parallel"``: both have the slope of the
             chord. ``"zero"`` and ``"one"``: lines that hold for many slopes take 0 or 1, clipped
-            to the slopes on both sides of the kink; sigmoid and tanh stay adaptive.
+            to the slopes on both sides of the kink; all but relu, leaky_relu, prelu, abs and clamp
+            stay adaptive.
         deployed: also enclose what the network's own arithmetic in the dtype of ``lower`` gives:
-            ``32 u`` for sigmoid and tanh, ``u |f|`` for prelu, ``2 u |f|`` for leaky_relu (whose slope is
-            rounded as well), the rounding of the limits for clamp, nothing for relu and abs;
-            u is the unit roundoff.
+            ``32 u max(1, |f|)`` for each call of an elementary function (of exp: ``32 u |f|``),
+            ``u |f|`` for prelu, ``2 u |f|`` for leaky_relu (whose slope is rounded as well) and square,
+            ``4 u |f|`` for sqrt and reciprocal, ``4 u`` for softsign, ``8 u |f|`` for hardswish, the rounding
+            of the limits for clamp, nothing for relu and abs; u is the unit roundoff, and ``|f|`` its
+            largest value in the interval.
         negative_slope: leaky_relu's, any finite number.
         weight: prelu's slope: one value, or one per channel (dimension 1 of ``lower``).
         min, max: clamp's limits, infinite for none.
+        alpha: elu's, not negative.
+        threshold: of softplus, which is ``log(1 + exp(x))`` up to it and ``x`` beyond.
 
     Returns:
         ``ActivationLines(lower_slope, lower_intercept, upper_slope, upper_intercept)``, each like
         ``lower``; slopes in units of ``f`` per unit of ``lower``, intercepts in the unit of ``f``.
-        Constant lines where an end is infinite, infinite intercepts where one is NaN.
+        Constant lines where an end is infinite, infinite intercepts where one is NaN, where the
+        interval leaves the domain of log, sqrt or reciprocal, and where the network's own arithmetic
+        may overflow (``deployed``). Constant lines for sin and cos beyond ``|x| = 2^20``.
 
     Raises:
-        ValueError: shapes or devices differ; ``activation``, ``slope`` or the size of ``weight``
-            is not one of those above.
+        ValueError: shapes or devices differ; ``activation``, ``slope``, ``alpha``, ``threshold`` or
+            the size of ``weight`` is not one of those above.
         TypeError: the dtypes differ; half precision is refused, except under autocast.
 
     Soundness: outward rounded. Elementary functions are evaluated in float64 and widened by
@@ -126,7 +139,7 @@ def activation_lines(
         (tensor([[0.5000]]), tensor([[1.5000]]))
     """
     kind, parameter, a, b = _description(
-        "activation_lines", lower, activation, negative_slope, weight, min, max
+        "activation_lines", lower, activation, negative_slope, weight, min, max, alpha, threshold
     )
     number = _number("activation_lines", "slope", slope, SLOPES)
     lower, upper = _out_of_autocast(lower), _out_of_autocast(upper)
@@ -145,16 +158,21 @@ def activation_interval(
     weight: Tensor | None = None,
     min: float = -math.inf,
     max: float = math.inf,
+    alpha: float = 1.0,
+    threshold: float = 20.0,
 ) -> tuple[Tensor, Tensor]:
     """The interval of an activation's values on every ``[lower, upper]``.
 
     Args:
         lower: ``(B, *shape)``, float32 or float64, in the units of the pre-activation.
         upper: like ``lower``, with ``lower <= upper`` (not checked).
-        activation, deployed, negative_slope, weight, min, max: as in :func:`activation_lines`.
+        activation, deployed, negative_slope, weight, min, max, alpha, threshold: as in
+            :func:`activation_lines`.
 
     Returns:
-        The lower and the upper end, each like ``lower``; infinite where an end given is NaN.
+        The lower and the upper end, each like ``lower``; infinite where an end given is NaN. Both are
+        infinite where the interval holds numbers for which the activation is undefined: negative
+        ones for log and sqrt, 0 for reciprocal. log(0) is -inf.
 
     Raises:
         ValueError, TypeError: as in :func:`activation_lines`.
@@ -169,7 +187,7 @@ def activation_interval(
         (tensor([[0.]]), tensor([[3.]]))
     """
     kind, parameter, a, b = _description(
-        "activation_interval", lower, activation, negative_slope, weight, min, max
+        "activation_interval", lower, activation, negative_slope, weight, min, max, alpha, threshold
     )
     lower, upper = _out_of_autocast(lower), _out_of_autocast(upper)
     image = torch.ops.pycert.activation_interval(lower, upper, kind, parameter, a, b, deployed)
@@ -196,6 +214,8 @@ def _description(
     weight: Tensor | None,
     low: float,
     high: float,
+    alpha: float,
+    threshold: float,
 ) -> tuple[int, Tensor | None, float, float]:
     """The kind, parameter, a and b that the operators take."""
     kind = _number(operator, "activation", activation, ACTIVATIONS)
@@ -207,6 +227,14 @@ def _description(
         return kind, None, float(negative_slope), 0.0
     if activation == "clamp":
         return kind, None, float(low), float(high)
+    if activation == "elu":
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"{operator}: alpha must be finite and not negative, got {alpha}")
+        return kind, None, float(alpha), 0.0
+    if activation == "softplus":
+        if math.isnan(threshold):
+            raise ValueError(f"{operator}: threshold must be a number, got {threshold}")
+        return kind, None, 0.0, float(threshold)
     return kind, None if weight is None else _out_of_autocast(weight), 0.0, 0.0
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from pycert import activations as registered
 from pycert.graph.ir import Node
 from pycert.ops.relaxation import ActivationLines
+from pycert.reference import curves, relaxation
 from pycert.reference import graph as execution
-from pycert.reference import relaxation
 
 #: Activations that are linear on both sides of zero.
 ONE_KINK = ("relu", "leaky_relu", "prelu", "abs")
@@ -37,6 +37,8 @@ def interval_image(node: Node, slots: list[Tensor], lower: Tensor, upper: Tensor
     """The least interval that holds the activation's values on ``[lower, upper]``."""
     if node.op == "custom":
         return registered.custom_interval(node.attrs["name"], lower, upper)
+    if node.op in curves.DERIVATIVES:
+        return curves.interval_image(node.op, node.attrs, lower, upper)
     at_lower, at_upper = (execution.apply(node, slots, end) for end in (lower, upper))
     low, high = at_lower.minimum(at_upper), at_lower.maximum(at_upper)
     if node.op not in ONE_KINK:
@@ -66,6 +68,8 @@ def lines(node: Node, slots: list[Tensor], lower: Tensor, upper: Tensor, slope: 
         kinks = [end for end in (node.attrs["min"], node.attrs["max"]) if math.isfinite(end)]
         clamp = relaxation.function("clamp", min=node.attrs["min"], max=node.attrs["max"])
         return relaxation.piecewise_linear_lines(lower, upper, clamp, kinks, slope)
+    if node.op in curves.DERIVATIVES:
+        return curves.lines(node.op, node.attrs, lower, upper, slope)
     if node.op in ("sigmoid", "tanh"):
         return relaxation.s_shaped_lines(lower, upper, relaxation.function(node.op))
     return one_kink_lines(node, slots, lower, upper, slope)
