@@ -73,21 +73,21 @@ def load_onnx(
         importlib.import_module("onnx")
     except ImportError as error:
         raise ImportError("load_onnx needs the package onnx: pip install 'pycert[onnx]'") from error
-    from pycert.onnx_import import checking, converter, reading
+    from pycert.onnx_import import checking, converter, nodes, reading, signature
 
     for name in _CONVERTERS:
         importlib.import_module(f"pycert.onnx_import.{name}")
     model, sha256 = reading.read(file, min(limit, reading.LARGEST))
     opset = reading.opset(model, file)
-    refused = converter.unsupported(model.graph)
+    refused = nodes.unsupported(model.graph)
     if refused is not None:
         raise refused
     reading.check(model, file)
-    item, output = converter.input_and_output(model.graph, output)
-    shape = converter.fixed_shape(item, input_shape)
-    dtype = converter.DTYPES[item.type.tensor_type.elem_type]
-    sample = converter.sample_of(shape)
-    net = OnnxNetwork(item.name, converter.file_shape(item), sample, dtype, sha256)
+    item, output = signature.input_and_output(model.graph, output)
+    shape = signature.fixed_shape(item, input_shape)
+    dtype = signature.DTYPES[item.type.tensor_type.elem_type]
+    sample = nodes.sample_of(shape)
+    net = OnnxNetwork(item.name, signature.file_shape(item), sample, dtype, sha256)
     converter.Converter(model.graph, opset, net, shape, dtype).run(output)
     net.eval()
     if check is not False:

@@ -10,128 +10,33 @@ and nothing can mix samples. Whatever does not depend on the input is computed h
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from pycert.errors import UnsupportedOperator
 from pycert.onnx_import import folding, reading, steps
 from pycert.onnx_import.network import INPUT, OnnxNetwork
+from pycert.onnx_import.nodes import (
+    GENERAL_HINT,
+    HANDLERS,
+    HINTS,
+    Array,
+    Live,
+    Node,
+    Raw,
+    Shape,
+    Value,
+    has_batch,
+    sample_of,
+)  # fmt: skip
 
 #: A value of more elements than this per sample is refused: a small file can ask for any size.
 MAX_ELEMENTS = 1 << 28
-#: Floating point types of a network.
-DTYPES = {TensorProto.FLOAT: torch.float32, TensorProto.DOUBLE: torch.float64}
-
-Shape = tuple[int, ...]
-Array = np.ndarray
-
-
-class Raw(NamedTuple):
-    """A value of the module: its number among the steps and ``[*sample]``."""
-
-    number: int
-    sample: Shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Live:
-    """A value of the file that depends on the input: its shape there, at batch size one, and in the module."""
-
-    shape: Shape
-    raw: Raw
-    layer: str = ""  # the module that makes it, where an Add may still become its bias
-
-
-Value = Live | Array
-
-
-def sample_of(shape: Shape) -> Shape:
-    """What the module has per sample for a shape of the file: a 1 in front of others is the batch."""
-    return shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
-
-
-def has_batch(shape: Shape) -> bool:
-    """Whether the file's shape has the batch in front."""
-    return len(shape) > 1 and shape[0] == 1
-
-
-class Node:
-    """One node of the file as converters see it."""
-
-    def __init__(self, proto: Any, number: int, opset: int, inputs: list[Value | None]) -> None:
-        self.op, self.opset, self.inputs = proto.op_type, opset, inputs
-        self.input_names, self.outputs = list(proto.input), list(proto.output)
-        self.name = proto.name or f"{proto.op_type}_{number}"
-        self.attributes = {item.name: helper.get_attribute_value(item) for item in proto.attribute}
-
-    def attribute(self, name: str, default: Any = None) -> Any:
-        found = self.attributes.get(name, default)
-        return found.decode("utf-8", "replace") if isinstance(found, bytes) else found
-
-    def input(self, position: int) -> Value | None:
-        return self.inputs[position] if position < len(self.inputs) else None
-
-    def live(self, position: int = 0) -> Live:
-        """An input that depends on the network's input."""
-        found = self.input(position)
-        if not isinstance(found, Live):
-            self.refuse(
-                f"with a constant as input {position}", "that input must depend on the network's input"
-            )
-        return found
-
-    def constant(self, position: int, what: str) -> Array | None:
-        """An input that does not depend on the network's input; None where it is absent."""
-        found = self.input(position)
-        if isinstance(found, Live):
-            self.refuse(f"whose {what} depends on the input", f"the {what} must be constant")
-        return found
-
-    def given(self, position: int, what: str) -> Array:
-        """The same for one that must be there."""
-        found = self.constant(position, what)
-        if found is None:
-            raise ValueError(f"it needs its {what}, input {position}")
-        return found
-
-    def ints(self, attribute: str, position: int) -> list[int] | None:
-        """Integers that are an attribute in older operator sets and an input in newer ones."""
-        if attribute in self.attributes:
-            return [int(item) for item in self.attributes[attribute]]
-        found = self.constant(position, attribute)
-        return None if found is None else [int(item) for item in found.reshape(-1)]
-
-    def only_output(self) -> None:
-        """Refuses further outputs (indices of a pool, the mask of a dropout)."""
-        if any(self.outputs[1:]):
-            self.refuse(f"with a second output {self.outputs[1]!r}", "only the first output is supported")
-
-    def refuse(self, detail: str, hint: str) -> NoReturn:
-        raise UnsupportedOperator(self.name, f"ONNX operator {self.op} {detail}".rstrip(), hint)
-
-
-#: By operator: ``(converter, node) -> value``, or a list of values for several outputs.
-Handler = Callable[["Converter", Node], "Value | list[Value]"]
-HANDLERS: dict[str, Handler] = {}
-
-
-def converts(*operators: str) -> Callable[[Handler], Handler]:
-    """Registers the conversion of operators of the default domain."""
-
-    def register(handler: Handler) -> Handler:
-        HANDLERS.update(dict.fromkeys(operators, handler))
-        return handler
-
-    return register
 
 
 class Converter:
@@ -282,118 +187,3 @@ class Converter:
             unique = f"{plain}_{count}"
         self._names.add(unique)
         return unique
-
-
-def unsupported(graph: Any) -> UnsupportedOperator | None:
-    """The first node that no converter and no folding knows."""
-    for number, proto in enumerate(graph.node):
-        known = proto.domain in ("", "ai.onnx")
-        if known and (proto.op_type in HANDLERS or proto.op_type in folding.OPERATORS):
-            continue
-        kind = f"{proto.domain}.{proto.op_type}" if not known else proto.op_type
-        name = proto.name or f"{proto.op_type}_{number}"
-        return UnsupportedOperator(name, f"ONNX operator {kind}", HINTS.get(proto.op_type, GENERAL_HINT))
-    return None
-
-
-GENERAL_HINT = "export the network without it; docs/onnx.md lists the supported operators"
-HINTS = {
-    name: hint
-    for names, hint in (
-        ("If Loop Scan SequenceMap", "control flow cannot be bounded; export the network with fixed shapes"),
-        ("ArgMax ArgMin TopK Hardmax", "end the network at the scores: load_onnx(path, output=...)"),
-        ("LSTM GRU RNN", "recurrent layers are not supported; write out the affine part"),
-        ("QuantizeLinear DequantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger "
-         "DynamicQuantizeLinear", "bound the float network it was made from"),
-        ("InstanceNormalization GroupNormalization LRN LpNormalization MeanVarianceNormalization",
-         "use BatchNormalization"),
-        ("Einsum", "write it as MatMul or Gemm"),
-        ("RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial",
-         "bounds of a random network mean nothing"),
-        ("Equal Less LessOrEqual Greater GreaterOrEqual Not And Or", "comparisons of values cannot be bounded"),
-        ("Resize Upsample GridSample AffineGrid", "use ConvTranspose, or Expand and Reshape"),
-        ("Round Floor Ceil Sign Mod", "steps cannot be bounded; leave them out"),
-        ("ThresholdedRelu Shrink", "use Relu, LeakyRelu or Clip"),
-    )
-    for name in names.split()
-}  # fmt: skip
-
-
-def input_and_output(graph: Any, output: str | None) -> tuple[Any, str]:
-    """The one input and the name of the output that is wanted.
-
-    Raises:
-        ValueError, TypeError: there are several, or the input is not float32 or float64.
-    """
-    stored = {item.name for item in graph.initializer}
-    inputs = [item for item in graph.input if item.name not in stored]
-    if len(inputs) != 1:
-        listed = ", ".join(f"{item.name!r} {_described(item)}" for item in inputs) or "none"
-        raise ValueError(f"load_onnx reads networks of one input, this one has {len(inputs)}: {listed}")
-    kind = inputs[0].type.tensor_type.elem_type
-    if kind not in DTYPES:
-        raise TypeError(
-            f"load_onnx: the input {inputs[0].name!r} is {_described(inputs[0])}; networks of float32 or "
-            "float64 inputs can be bounded"
-            + ("" if kind != TensorProto.FLOAT16 else ", convert it to float32")
-        )
-    names = [item.name for item in graph.output]
-    if output is None and len(names) != 1:
-        raise ValueError(f"load_onnx: the network has {len(names)} outputs, choose one: output={names}")
-    if output is not None and output not in names and not any(output in node.output for node in graph.node):
-        raise ValueError(
-            f"load_onnx: output={output!r} is no output of the network {names} or of a node in it"
-        )
-    return inputs[0], names[0] if output is None else output
-
-
-def _described(item: Any) -> str:
-    kind = item.type.WhichOneof("value")
-    if kind != "tensor_type":
-        return f"({kind or 'no type'})"
-    number = item.type.tensor_type.elem_type
-    known = number in onnx.TensorProto.DataType.values()
-    name = onnx.TensorProto.DataType.Name(number).lower() if known else f"type {number}"
-    return f"{name} {list(file_shape(item))}"
-
-
-def file_shape(item: Any) -> tuple[int | str, ...]:
-    """The shape that the file declares; text where a dimension is symbolic, "?" where it is not given."""
-    return tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
-        for dim in item.type.tensor_type.shape.dim
-    )
-
-
-def fixed_shape(item: Any, input_shape: Any) -> Shape:
-    """The shape of the input at batch size one.
-
-    Raises:
-        ValueError: a dimension beside the first is symbolic, and ``input_shape`` (the whole of the file's shape
-            or all but its first dimension) does not settle it.
-    """
-    declared = file_shape(item)
-    if not item.type.tensor_type.HasField("shape"):
-        if input_shape is None:
-            raise ValueError(f"load_onnx: the file gives {item.name!r} no shape; say input_shape=(1, ...)")
-        declared = ("?",) * len(tuple(input_shape))
-    symbolic = [size for size in declared[1:] if not isinstance(size, int) or size <= 0]
-    if input_shape is None:
-        if symbolic or (isinstance(declared[0] if declared else 1, int) and declared and declared[0] == 0):
-            raise ValueError(
-                f"load_onnx: the input {item.name!r} has shape {list(declared)}; say which one to bound it for, "
-                f"as input_shape=(1{', ...' if len(declared) > 1 else ''})"
-            )
-        first = declared[:1] if declared and isinstance(declared[0], int) else (1,) * len(declared[:1])
-        return tuple(int(size) for size in (*first, *declared[1:]))
-    wanted = tuple(int(size) for size in input_shape)
-    wanted = (1, *wanted) if len(wanted) == len(declared) - 1 else wanted
-    fits = len(wanted) == len(declared) and all(
-        size > 0 and (size == own or not isinstance(own, int)) for size, own in zip(wanted, declared)
-    )
-    if not fits or (wanted and wanted[0] != 1 and not isinstance(declared[0], int)):
-        raise ValueError(
-            f"load_onnx: input_shape={tuple(input_shape)} does not fit {item.name!r} of shape {list(declared)} "
-            "(batch size 1, or left out)"
-        )
-    return wanted

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from pycert.onnx_import import steps
-from pycert.onnx_import.converter import DTYPES, Array, Converter, Live, Node, Value, converts, has_batch
+from pycert.onnx_import.converter import Converter
+from pycert.onnx_import.nodes import Array, Live, Node, Value, converts, has_batch
+from pycert.onnx_import.signature import DTYPES
 
 #: Activations that are a module of torch.nn, by operator.
 _MODULES: dict[str, Callable[[Node], nn.Module]] = {

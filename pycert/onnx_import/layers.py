@@ -9,7 +9,8 @@ import numpy as np
 from torch import nn
 
 from pycert.onnx_import import steps
-from pycert.onnx_import.converter import Array, Converter, Live, Node, Raw, Value, converts, has_batch
+from pycert.onnx_import.converter import Converter
+from pycert.onnx_import.nodes import Array, Live, Node, Raw, Value, converts, has_batch
 
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}
 _CONV_TRANSPOSE: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}

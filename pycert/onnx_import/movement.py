@@ -9,17 +9,8 @@ import torch
 from torch import nn
 
 from pycert.onnx_import import steps
-from pycert.onnx_import.converter import (
-    MAX_ELEMENTS,
-    Array,
-    Converter,
-    Live,
-    Node,
-    Raw,
-    Value,
-    converts,
-    has_batch,
-)
+from pycert.onnx_import.converter import MAX_ELEMENTS, Converter
+from pycert.onnx_import.nodes import Array, Live, Node, Raw, Value, converts, has_batch
 
 
 def axis_of(node: Node, axis: int, dims: int) -> int:

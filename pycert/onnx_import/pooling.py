@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from pycert.onnx_import import steps
-from pycert.onnx_import.converter import Converter, Live, Node, Value, converts
+from pycert.onnx_import.converter import Converter
 from pycert.onnx_import.layers import image, paddings, pads_of, windows
 from pycert.onnx_import.movement import axis_of
+from pycert.onnx_import.nodes import Live, Node, Value, converts
 
 _AVERAGE: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d}
 _MAXIMUM: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
