@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,8 @@ def load_onnx(
     shape = signature.fixed_shape(item, input_shape)
     dtype = signature.DTYPES[item.type.tensor_type.elem_type]
     sample = nodes.sample_of(shape)
+    if math.prod(sample) > converter.MAX_ELEMENTS:
+        raise ValueError(f"load_onnx: the input {item.name!r} {list(shape)} is too large to be bounded")
     net = OnnxNetwork(item.name, signature.file_shape(item), sample, dtype, sha256)
     converter.Converter(model.graph, opset, net, shape, dtype).run(output)
     net.eval()

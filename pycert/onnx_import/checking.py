@@ -28,9 +28,12 @@ def check(net: nn.Module, model: Any, output: str, shape: tuple[int, ...], requi
         ImportError, RuntimeError: see ``required``.
     """
     inputs = _inputs(net, shape)
-    with torch.no_grad():
-        alone = torch.cat([net(x) for x in inputs.split(1)])
-        together = net(inputs)
+    try:
+        with torch.no_grad():
+            alone = torch.cat([net(x) for x in inputs.split(1)])
+            together = net(inputs)
+    except RuntimeError as error:
+        raise ValueError(f"load_onnx: the network cannot be run: {error}") from error
     _compare(together, alone, "a batch of three and its samples one by one")
     if importlib.util.find_spec("onnxruntime") is None:
         if required:
@@ -46,6 +49,10 @@ def check(net: nn.Module, model: Any, output: str, shape: tuple[int, ...], requi
             raise RuntimeError(text) from error
         warnings.warn(text, stacklevel=3)
         return False
+    if found[0].numel() != together[0].numel():
+        raise ValueError(
+            f"load_onnx: outputs of shape {list(together.shape[1:])}, onnxruntime's have {list(found.shape[1:])}"
+        )
     _compare(together, found.reshape(together.shape), "the converted network and onnxruntime")
     return True
 

@@ -36,7 +36,7 @@ from pycert.onnx_import.nodes import (
 )  # fmt: skip
 
 #: A value of more elements than this per sample is refused: a small file can ask for any size.
-MAX_ELEMENTS = 1 << 28
+MAX_ELEMENTS = 1 << 26
 
 
 class Converter:
@@ -52,6 +52,7 @@ class Converter:
         self.readers.update(item.name for item in graph.output)
         self._parameters: dict[tuple[int, str], tuple[Array, nn.Parameter]] = {}
         self._names: set[str] = set()
+        self.made: dict[str, Node] = {}  # by output, the nodes whose inputs depend on the network's
 
     def run(self, output: str) -> None:
         """Converts every node and ends the network at ``output``."""
@@ -84,6 +85,7 @@ class Converter:
             return [np.array(math.prod(shape) if node.op == "Size" else part, dtype=np.int64)]
         if node.op not in HANDLERS:
             node.refuse("of a value that depends on the input", HINTS.get(node.op, GENERAL_HINT))
+        self.made.update(dict.fromkeys(filter(None, node.outputs), node))
         result = HANDLERS[node.op](self, node)
         return result if isinstance(result, list) else [result]
 

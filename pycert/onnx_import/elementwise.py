@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pycert.onnx_import import steps
+from pycert.onnx_import import patterns, steps
 from pycert.onnx_import.converter import Converter
-from pycert.onnx_import.nodes import Array, Live, Node, Value, converts, has_batch
+from pycert.onnx_import.nodes import Array, Live, Node, Value, axis_of, converts, has_batch
 from pycert.onnx_import.signature import DTYPES
 
 #: Activations that are a module of torch.nn, by operator.
@@ -131,7 +131,7 @@ def softmax(conv: Converter, node: Node) -> Value:
     """Along one axis; before opset 13 over all dimensions from ``axis`` on."""
     value = node.live()
     dims = len(value.shape)
-    axis = int(node.attribute("axis", -1 if node.opset >= 13 else 1)) % dims
+    axis = axis_of(int(node.attribute("axis", -1 if node.opset >= 13 else 1)), dims)
     if node.opset < 13 and math.prod(value.shape[axis + 1 :]) != 1:
         node.refuse(
             f"over the dimensions from {axis} on of {list(value.shape)}", "flatten the value before it"
@@ -159,6 +159,9 @@ def power(conv: Converter, node: Node) -> Value:
 @converts("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean")
 def arithmetic(conv: Converter, node: Node) -> Value:
     """Operands from left to right; a mean is a sum divided by their number."""
+    found = patterns.activation_of_product(conv, node) if node.op == "Mul" else None
+    if found is not None:
+        return same_shape(conv, node, *found)
     function = _FUNCTIONS.get(node.op, "add")
     result = node.inputs[0]
     for operand in node.inputs[1:]:

@@ -16,7 +16,7 @@ OPERATORS = frozenset(
     Less LessOrEqual Greater GreaterOrEqual Not And Or Where ReduceProd ReduceSum ReduceMax ReduceMin MatMul""".split()
 )
 #: A folded value of more elements than this is refused: a small file can ask for any size.
-MAX_ELEMENTS = 1 << 28
+MAX_ELEMENTS = 1 << 26
 
 
 def fold(node: Any, proto: Any, opset: int) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from pycert.onnx_import import steps
 from pycert.onnx_import.converter import Converter
-from pycert.onnx_import.nodes import Array, Live, Node, Raw, Value, converts, has_batch
+from pycert.onnx_import.nodes import Array, Live, Node, Raw, Value, axis_of, converts, has_batch
 
 _CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d}
 _CONV_TRANSPOSE: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
@@ -116,8 +116,8 @@ def windows(node: Node, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple
     ones = (1,) * len(kernel)
     found = tuple(tuple(node.attribute(name) or ones) for name in ("strides", "dilations"))
     for name, values in zip(("strides", "dilations", "kernel_shape"), (*found, kernel)):
-        if len(values) != len(kernel) or any(value < 1 for value in values):
-            raise ValueError(f"{name} must be {len(kernel)} positive numbers, got {list(values)}")
+        if len(values) != len(kernel) or any(not 0 < value < 1 << 31 for value in values):
+            raise ValueError(f"{name} must be {len(kernel)} positive numbers below 2^31, got {list(values)}")
     return found[0], found[1]
 
 
@@ -274,7 +274,7 @@ def layer_norm(conv: Converter, node: Node) -> Value:
     """Over the dimensions from ``axis`` on."""
     node.only_output()
     value, scale, bias = node.live(), node.given(1, "scale"), node.constant(2, "bias")
-    axis = int(node.attribute("axis", -1)) % len(value.shape)
+    axis = axis_of(int(node.attribute("axis", -1)), len(value.shape))
     if (axis == 0 and has_batch(value.shape)) or scale.shape != value.shape[axis:]:
         node.refuse(f"over axis {axis} of {list(value.shape)} with a scale {list(scale.shape)}",
                     "normalise dimensions of a sample, with a scale of their shape")  # fmt: skip

@@ -10,15 +10,7 @@ from torch import nn
 
 from pycert.onnx_import import steps
 from pycert.onnx_import.converter import MAX_ELEMENTS, Converter
-from pycert.onnx_import.nodes import Array, Live, Node, Raw, Value, converts, has_batch
-
-
-def axis_of(node: Node, axis: int, dims: int) -> int:
-    """A dimension counted from the front."""
-    if not -dims <= axis < dims:
-        raise ValueError(f"axis {axis} of a value of {dims} dimensions")
-    return int(axis) % dims
-
+from pycert.onnx_import.nodes import Array, Live, Node, Raw, Value, axis_of, converts, has_batch
 
 # ---- the same order ---------------------------------------------------------------------------
 
@@ -58,9 +50,7 @@ def squeeze(conv: Converter, node: Node) -> Value:
     axes = node.ints("axes", 1)
     dims = len(value.shape)
     gone = (
-        [i for i in range(dims) if value.shape[i] == 1]
-        if axes is None
-        else [axis_of(node, a, dims) for a in axes]
+        [i for i in range(dims) if value.shape[i] == 1] if axes is None else [axis_of(a, dims) for a in axes]
     )
     if any(value.shape[i] != 1 for i in gone):
         raise ValueError(f"axes {axes} of {list(value.shape)} are not all 1")
@@ -72,7 +62,7 @@ def unsqueeze(conv: Converter, node: Node) -> Value:
     value = node.live()
     axes = node.ints("axes", 1) or []
     dims = len(value.shape) + len(axes)
-    new = {axis_of(node, axis, dims) for axis in axes}
+    new = {axis_of(axis, dims) for axis in axes}
     if len(new) != len(axes):
         raise ValueError(f"axes {axes} name one twice")
     rest = iter(value.shape)
@@ -98,7 +88,7 @@ def transpose(conv: Converter, node: Node) -> Value:
 def concat(conv: Converter, node: Node) -> Value:
     """Values and constants along one axis."""
     dims = len(next(part.shape for part in node.inputs if isinstance(part, Live)))
-    axis = axis_of(node, int(node.attribute("axis")), dims)
+    axis = axis_of(int(node.attribute("axis")), dims)
     parts = [part for part in node.inputs if part is not None]
     if any(len(part.shape) != dims for part in parts):
         raise ValueError("parts of different numbers of dimensions")
@@ -119,7 +109,7 @@ def concat(conv: Converter, node: Node) -> Value:
 @converts("Split")
 def split(conv: Converter, node: Node) -> Value | list[Value]:
     value = node.live()
-    axis = axis_of(node, int(node.attribute("axis", 0)), len(value.shape))
+    axis = axis_of(int(node.attribute("axis", 0)), len(value.shape))
     size, count = value.shape[axis], len(node.outputs)
     sizes = node.ints("split", 1)
     if sizes is None:
@@ -150,7 +140,7 @@ def slices(conv: Converter, node: Node) -> Value:
     starts, ends = node.ints("starts", 1), node.ints("ends", 2)
     if starts is None or ends is None or len(starts) != len(ends):
         raise ValueError(f"starts {starts} and ends {ends}")
-    axes = [axis_of(node, axis, dims) for axis in node.ints("axes", 3) or range(len(starts))]
+    axes = [axis_of(axis, dims) for axis in node.ints("axes", 3) or range(len(starts))]
     by = node.ints("steps", 4) or [1] * len(starts)
     picked = {
         axis: np.arange(value.shape[axis])[start:end:step]
@@ -168,7 +158,7 @@ def slices(conv: Converter, node: Node) -> Value:
 @converts("Gather")
 def gather(conv: Converter, node: Node) -> Value:
     value, index = node.live(), node.given(1, "indices")
-    axis = axis_of(node, int(node.attribute("axis", 0)), len(value.shape))
+    axis = axis_of(int(node.attribute("axis", 0)), len(value.shape))
     size = value.shape[axis]
     if index.size and not (-size <= index.min() and index.max() < size):
         raise ValueError(f"indices from {index.min()} to {index.max()} into {size} elements")
@@ -185,7 +175,7 @@ def pad(conv: Converter, node: Node) -> Value:
     value = node.live()
     dims, mode = len(value.shape), node.attribute("mode", "constant")
     given = node.ints("pads", 1) or []
-    axes = [axis_of(node, axis, dims) for axis in node.ints("axes", 3) or range(dims)]
+    axes = [axis_of(axis, dims) for axis in node.ints("axes", 3) or range(dims)]
     if len(given) != 2 * len(axes):
         raise ValueError(f"pads {given} for {len(axes)} axes")
     pads = {axis: (given[i], given[i + len(axes)]) for i, axis in enumerate(axes)}
@@ -204,6 +194,8 @@ def pad(conv: Converter, node: Node) -> Value:
         return conv.finish(node, raw, offset)
     if mode not in ("reflect", "edge", "wrap") or any(min(pair) < 0 for pair in pads.values()):
         node.refuse(f"with mode {mode!r}", "use constant, reflect, edge or wrap, with pads from 0 on")
+    if mode == "reflect" and any(max(pair) >= value.shape[axis] for axis, pair in pads.items()):
+        raise ValueError(f"pads {given} reflect more than there is")
     for axis, pair in pads.items():
         index = np.pad(np.arange(value.shape[axis]), pair, mode=mode)  # type: ignore[call-overload]
         raw = pick(conv, node, raw, axis + offset, index)

@@ -48,6 +48,13 @@ def has_batch(shape: Shape) -> bool:
     return len(shape) > 1 and shape[0] == 1
 
 
+def axis_of(axis: int, dims: int) -> int:
+    """A dimension counted from the front."""
+    if not -dims <= axis < dims:
+        raise ValueError(f"axis {axis} of a value of {dims} dimensions")
+    return int(axis) % dims
+
+
 class Node:
     """One node of the file as converters see it."""
 

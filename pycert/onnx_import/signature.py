@@ -51,9 +51,9 @@ def _described(item: Any) -> str:
 
 
 def file_shape(item: Any) -> tuple[int | str, ...]:
-    """The shape that the file declares; text where a dimension is symbolic, "?" where it is not given."""
+    """The shape that the file declares; text where a dimension is symbolic, "?" where it is not given (0, -1)."""
     return tuple(
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?"
+        dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else dim.dim_param or "?"
         for dim in item.type.tensor_type.shape.dim
     )
 
@@ -66,25 +66,23 @@ def fixed_shape(item: Any, input_shape: Any) -> tuple[int, ...]:
             or all but its first dimension) does not settle it.
     """
     declared = file_shape(item)
-    if not item.type.tensor_type.HasField("shape"):
-        if input_shape is None:
-            raise ValueError(f"load_onnx: the file gives {item.name!r} no shape; say input_shape=(1, ...)")
-        declared = ("?",) * len(tuple(input_shape))
-    symbolic = [size for size in declared[1:] if not isinstance(size, int) or size <= 0]
+    unknown = not item.type.tensor_type.HasField("shape")
     if input_shape is None:
-        if symbolic or (isinstance(declared[0] if declared else 1, int) and declared and declared[0] == 0):
+        if unknown or any(isinstance(size, str) for size in declared[1:]):
+            shape = "no shape" if unknown else f"shape {list(declared)}"
             raise ValueError(
-                f"load_onnx: the input {item.name!r} has shape {list(declared)}; say which one to bound it for, "
-                f"as input_shape=(1{', ...' if len(declared) > 1 else ''})"
+                f"load_onnx: the file gives {item.name!r} {shape}; say for which one to bound it: input_shape=(1, ...)"
             )
-        first = declared[:1] if declared and isinstance(declared[0], int) else (1,) * len(declared[:1])
-        return tuple(int(size) for size in (*first, *declared[1:]))
+        return tuple(1 if isinstance(size, str) else size for size in declared)
     wanted = tuple(int(size) for size in input_shape)
+    if unknown:
+        declared = ("?",) * len(wanted)
     wanted = (1, *wanted) if len(wanted) == len(declared) - 1 else wanted
+    open_batch = bool(declared) and isinstance(declared[0], str)
     fits = len(wanted) == len(declared) and all(
-        size > 0 and (size == own or not isinstance(own, int)) for size, own in zip(wanted, declared)
+        size > 0 and (size == own or isinstance(own, str)) for size, own in zip(wanted, declared)
     )
-    if not fits or (wanted and wanted[0] != 1 and not isinstance(declared[0], int)):
+    if not fits or (open_batch and wanted[0] != 1):
         raise ValueError(
             f"load_onnx: input_shape={tuple(input_shape)} does not fit {item.name!r} of shape {list(declared)} "
             "(batch size 1, or left out)"
