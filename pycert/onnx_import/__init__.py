@@ -41,21 +41,23 @@ def load_onnx(
         input_shape: for files that leave the size of an image open: the sizes to bound it for, with or without the
             batch, as ``(3, 32, 32)``.
         output: name of a value of the file to end the network at; needed where it has several outputs.
-        check: compare with onnxruntime on three random inputs. None does so where onnxruntime is
-            installed and can run the file, True insists on it, False leaves it out.
+        check: compare the module with another program on three random inputs. True: with onnxruntime, for files
+            that you trust, since it reads the file with a parser of its own. None: with the evaluator in Python
+            that comes with onnx, where that can run the network and it is small (a million values). False: not.
         max_size: limit for the file with its external data, bytes or text as ``"2GiB"`` (the most there is).
 
     Returns:
         :class:`OnnxNetwork`. ``net.sample_shape`` and ``net.output_shape`` say what it takes and gives,
-        ``net.example_input()`` is an input to trace it with, ``net.checked`` whether onnxruntime has confirmed it.
+        ``net.example_input()`` is an input to trace it with, ``net.checked`` which program has confirmed it.
 
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
         ValueError: it is not valid ONNX, too large, has several inputs (named in the message) or outputs, or an
-            open shape; its external data lies elsewhere; or onnxruntime disagrees.
+            open shape; its external data lies elsewhere; or the other program disagrees.
         TypeError: the input is not float32 or float64.
         pycert.UnsupportedOperator: an operator has no translation; names it, its node and the nearest form that has.
         ImportError: the package onnx is missing, or with ``check=True`` onnxruntime.
+        RuntimeError: ``check=True``, and onnxruntime cannot run the file.
 
     Soundness: bounds hold for the module that is returned. It computes what the file's operators say in real
     arithmetic; roundings are those of torch, not of another runtime.
@@ -91,8 +93,9 @@ def load_onnx(
     if math.prod(sample) > converter.MAX_ELEMENTS:
         raise ValueError(f"load_onnx: the input {item.name!r} {list(shape)} is too large to be bounded")
     net = OnnxNetwork(item.name, signature.file_shape(item), sample, dtype, sha256)
-    converter.Converter(model.graph, opset, net, shape, dtype).run(output)
+    walk = converter.Converter(model.graph, opset, net, shape, dtype)
+    walk.run(output)
     net.eval()
     if check is not False:
-        net.checked = checking.check(net, model, output, shape, check is True)
+        net.checked = checking.check(net, model, output, shape, walk.elements, check is True)
     return net

@@ -51,6 +51,7 @@ class Converter:
         self.readers = collections.Counter(name for node in graph.node for name in node.input)
         self.readers.update(item.name for item in graph.output)
         self._parameters: dict[tuple[int, str], tuple[Array, nn.Parameter]] = {}
+        self.elements = 0  # of all values, per sample
         self._names: set[str] = set()
         self.made: dict[str, Node] = {}  # by output, the nodes whose inputs depend on the network's
 
@@ -95,6 +96,7 @@ class Converter:
         """Adds a module; its result and its name. ``what`` names a helper beside the node's own module."""
         module.eval()
         sample = self._sample_after(module, inputs)
+        self.elements += math.prod(sample)
         layer = self._layer_name(f"{node.name}_{what}" if what else node.name)
         number = self.net.add_step(layer, module, tuple(item.number for item in inputs))
         return Raw(number, sample), layer
@@ -154,6 +156,11 @@ class Converter:
             moved = array.T if form == "transposed" else array.reshape(-1) if form == "flat" else array
             self._parameters[key] = (array, nn.Parameter(self.tensor(moved)))
         return self._parameters[key][1]
+
+    def mixes(self, value: Live, axes: list[int]) -> bool:
+        """Whether an operator over these dimensions joins samples of a file that takes several at once."""
+        named = bool(self.net.file_shape) and isinstance(self.net.file_shape[0], str)
+        return named and has_batch(value.shape) and 0 in axes
 
     def once(self, value: str) -> bool:
         """Whether a value of the file has one reader."""

@@ -136,6 +136,8 @@ def softmax(conv: Converter, node: Node) -> Value:
         node.refuse(
             f"over the dimensions from {axis} on of {list(value.shape)}", "flatten the value before it"
         )
+    if conv.mixes(value, [axis]):
+        node.refuse("over the batch dimension", "samples must stay apart; use an axis from 1 on")
     raw, offset = conv.along(node, value, [axis])
     module = (nn.Softmax if node.op == "Softmax" else nn.LogSoftmax)(dim=axis + offset)
     return conv.finish(node, conv.emit(node, module, [raw])[0], offset)

@@ -112,6 +112,8 @@ def split(conv: Converter, node: Node) -> Value | list[Value]:
     axis = axis_of(int(node.attribute("axis", 0)), len(value.shape))
     size, count = value.shape[axis], len(node.outputs)
     sizes = node.ints("split", 1)
+    if sizes is None and int(node.attribute("num_outputs", count)) != count:
+        raise ValueError(f"num_outputs={node.attribute('num_outputs')} with {count} outputs")
     if sizes is None:
         part = -(-size // count)
         sizes = [min(part, size - start) for start in range(0, size, max(part, 1))]

@@ -35,7 +35,8 @@ class OnnxNetwork(nn.Module):
             a shape without such a dimension is one sample as a whole.
         output_shape: shape of one output, without the batch.
         sha256: hash of the file.
-        checked: whether onnxruntime gave the same outputs when the file was loaded.
+        checked: the program that gave the same outputs when the file was loaded, "onnx.reference" or "onnxruntime";
+            None where there was no comparison.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class OnnxNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.input_name, self.file_shape, self.sample_shape = input_name, file_shape, sample_shape
-        self.sha256, self.checked = sha256, False
+        self.sha256 = sha256
+        self.checked: str | None = None
         self.output_name = ""
         self.output_shape: tuple[int, ...] = ()
         self._dtype = dtype

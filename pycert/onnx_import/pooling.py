@@ -134,6 +134,8 @@ def reduction(conv: Converter, node: Node) -> Value:
     if not axes and node.attribute("noop_with_empty_axes", 0):
         return value
     chosen = sorted({axis_of(axis, dims) for axis in axes or range(dims)})
+    if conv.mixes(value, chosen):
+        node.refuse("over the batch dimension", "samples must stay apart; name the axes from 1 on")
     raw, offset = conv.along(node, value, chosen)
     keep = bool(node.attribute("keepdims", 1))
     module = steps.Reduce(_REDUCTIONS[node.op], tuple(axis + offset for axis in chosen), keep)
