@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import csv
+import os
+import pickle
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -505,3 +513,483 @@ def test_dilated_same_padding_follows_the_definition(mode, tmp_path):
     padded = nn.functional.pad(x, (1, 1, 2, 2))
     expected = nn.functional.conv2d(padded, torch.from_numpy(weight), dilation=2)
     torch.testing.assert_close(net(x), expected)
+
+
+def test_activations_that_are_written_out_become_one(tmp_path):
+    kinds = {
+        "SiLU": nn.SiLU,
+        "Mish written out": nn.Mish,
+        "HardSwish written out": nn.Hardswish,
+        "GELU written out": nn.GELU,
+    }
+    for name, kind in kinds.items():
+        nodes, shape, constants, opset = CASES[name]
+        net = load(tmp_path, nodes, shape, constants, opset)
+        assert [type(child) for child in net.children()] == [kind]
+
+
+# ---- the module -------------------------------------------------------------------------------
+
+MLP = [
+    node("Flatten", ["x"], ["a"], name="/flat"),
+    node("Gemm", ["a", "W", "b"], ["c"], name="layer.0", transB=1),
+    node("Relu", ["c"], ["d"], name="forward"),
+    node("MatMul", ["d", "V"], ["e"]),
+    node("Add", ["e", "v"], ["y"]),
+]
+WEIGHTS = dict(W=f(7, 6), b=f(7), V=f(7, 3), v=f(3))
+
+
+def test_the_module_is_trainable_and_says_what_it_takes(tmp_path):
+    net = load(tmp_path, MLP, ["batch", 1, 2, 3], WEIGHTS)
+    assert isinstance(net, pycert.OnnxNetwork)
+    assert (net.file_shape, net.sample_shape, net.output_shape) == (("batch", 1, 2, 3), (1, 2, 3), (3,))
+    assert (net.input_name, net.output_name, net.checked) == ("x", "y", "onnx.reference")
+    assert net.example_input(4).shape == (4, 1, 2, 3)
+    assert [name for name, _ in net.named_children()] == ["flat", "layer_0", "node_forward", "MatMul_3"]
+    parameters = dict(net.named_parameters())
+    assert list(parameters) == ["layer_0.weight", "layer_0.bias", "MatMul_3.weight", "MatMul_3.bias"]
+    assert all(
+        p.dtype == torch.float32 and p.requires_grad and p.is_contiguous() or p.dim() == 2
+        for p in parameters.values()
+    )
+    assert net.sha256 in repr(net)
+    bm = pycert.BoundedModule(net, net.example_input())
+    region = pycert.LpBall(torch.rand(2, 1, 2, 3), eps=0.1)
+    before = bm.bound(region, method="crown", soundness="none").lower
+    before.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    assert not torch.equal(bm.bound(region, method="crown", soundness="none").lower, before)
+
+
+def test_the_module_is_copied_pickled_and_cast(tmp_path):
+    net = load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS)
+    x = torch.rand(2, 1, 2, 3)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), net(x))
+    double = copy.deepcopy(net).double()
+    assert double.example_input().dtype == torch.float64
+    torch.testing.assert_close(double(x.double()), net(x).double(), rtol=1e-4, atol=1e-5)
+    assert_bounds_hold(net, methods=("ibp", "crown-ibp", "crown", "forward"))
+
+
+def test_float64_files_stay_float64(tmp_path):
+    net = load(
+        tmp_path,
+        [node("Gemm", ["x", "W"], ["y"])],
+        [1, 4],
+        dict(W=f(4, 3).astype(np.float64)),
+        kind=TensorProto.DOUBLE,
+    )
+    assert next(net.parameters()).dtype == net.example_input().dtype == torch.float64
+    assert net.checked
+
+
+def test_a_weight_that_is_used_twice_is_one_parameter(tmp_path):
+    nodes = [node("Gemm", ["x", "W"], ["a"]), node("Relu", ["a"], ["b"]), node("Gemm", ["b", "W"], ["y"])]
+    net = load(tmp_path, nodes, [1, 4], dict(W=f(4, 4)))
+    first, second = net.Gemm_0.weight, net.Gemm_2.weight
+    assert first is second and len(list(net.parameters())) == 1
+    assert_bounds_hold(net)
+
+
+def test_constants_of_arithmetic_are_no_parameters(tmp_path):
+    net = load(
+        tmp_path,
+        [node("Sub", ["x", "m"], ["a"]), node("Gemm", ["a", "W"], ["y"])],
+        [1, 4],
+        dict(m=f(4), W=f(4, 3)),
+    )
+    assert [name for name, _ in net.named_parameters()] == ["Gemm_1.weight"]
+    assert [name for name, _ in net.named_buffers()] == ["Sub_0.constant"]
+
+
+def test_other_shapes_are_refused_with_the_right_one(tmp_path):
+    net = load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS)
+    with pytest.raises(ValueError, match=r"takes 'x' of shape \[batch, 1, 2, 3\], got \[5, 6\]"):
+        net(torch.rand(5, 6))
+
+
+def test_open_sizes_need_an_input_shape(tmp_path):
+    nodes = [
+        node("Conv", ["x", "W"], ["a"]),
+        node("GlobalAveragePool", ["a"], ["b"]),
+        node("Flatten", ["b"], ["y"]),
+    ]
+    arguments = (nodes, ["n", 2, "h", "w"], dict(W=f(3, 2, 3, 3)))
+    with pytest.raises(
+        ValueError, match=r"gives 'x' shape \['n', 2, 'h', 'w'\]; say for which one.*input_shape"
+    ):
+        load(tmp_path, *arguments)
+    for given in ((2, 6, 5), (1, 2, 6, 5)):
+        net = load(tmp_path, *arguments, options=dict(input_shape=given))
+        assert net.sample_shape == (2, 6, 5)
+    assert_bounds_hold(net)
+    for given in ((3, 6, 5), (2, 2, 6, 5), (6, 5), (2, 0, 5)):
+        with pytest.raises(ValueError, match="does not fit 'x' of shape"):
+            load(tmp_path, *arguments, options=dict(input_shape=given))
+
+
+def test_an_output_is_chosen_by_name(tmp_path):
+    nodes = [node("Gemm", ["x", "W"], ["a"]), node("Relu", ["a"], ["r"]), node("Neg", ["r"], ["y"])]
+    arguments = dict(shape=[1, 4], constants=dict(W=f(4, 3)), outputs=("y", "r"))
+    with pytest.raises(ValueError, match=r"2 outputs, choose one: output=\['y', 'r'\]"):
+        load(tmp_path, nodes, **arguments)
+    assert load(tmp_path, nodes, **arguments, options=dict(output="r")).output_name == "r"
+    scores = load(tmp_path, nodes, **arguments, options=dict(output="a"))
+    assert [name for name, _ in scores.named_children()] == ["Gemm_0"] and scores.checked
+    with pytest.raises(ValueError, match="output='q' is no output"):
+        load(tmp_path, nodes, **arguments, options=dict(output="q"))
+
+
+def test_a_file_that_mixes_samples_is_refused(tmp_path):
+    mean = [node("ReduceMean", ["x"], ["m"], axes=[0]), node("Sub", ["x", "m"], ["y"])]
+    with pytest.raises(
+        pycert.UnsupportedOperator, match="ReduceMean over the batch dimension at 'ReduceMean_0'"
+    ):
+        load(tmp_path, mean, ["n", 3])
+    gram = [
+        node("Transpose", ["x"], ["t"]),
+        node("ReduceMean", ["t"], ["m"], axes=[1], keepdims=0),
+        node("Add", ["x", "m"], ["y"]),
+    ]
+    with pytest.raises(ValueError, match="the file mixes samples"):
+        load(tmp_path, gram, ["n", 3])
+    assert load(tmp_path, gram, [1, 3]).checked  # of one sample: twice x
+
+
+def test_a_wrong_conversion_would_be_noticed(tmp_path, monkeypatch):
+    from pycert.onnx_import import elementwise  # registers the converters before one is replaced
+    from pycert.onnx_import.nodes import HANDLERS
+
+    monkeypatch.setitem(
+        HANDLERS, "Relu", lambda conv, n: elementwise.same_shape(conv, n, nn.Sigmoid(), n.live())
+    )
+    with pytest.raises(ValueError, match=r"the converted network and onnx\.reference differ by"):
+        load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS)
+    if onnxruntime is not None:
+        with pytest.raises(ValueError, match="the converted network and onnxruntime differ by"):
+            load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS, check=True)
+    assert load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS, check=False).checked is None
+
+
+# ---- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([node("ArgMax", ["x"], ["y"], name="decide")], "ONNX operator ArgMax at 'decide' is not supported; end the network at the scores"),
+        ([node("Relu", ["x"], ["a"]), node("LSTM", ["a"], ["y"])], "ONNX operator LSTM at 'LSTM_1' is not supported; recurrent"),
+        ([node("Thing", ["x"], ["y"], domain="com.example")], r"ONNX operator com\.example\.Thing at 'Thing_0'"),
+        ([node("Floor", ["x"], ["y"])], "Floor of a value that depends on the input at 'Floor_0' is not supported; steps"),
+        ([node("Cast", ["x"], ["y"], to=TensorProto.FLOAT16)], "Cast of torch.float32 values to another type at 'Cast_0'"),
+        ([node("Reshape", ["x", "x"], ["y"])], "the shape must be constant"),
+        ([node("MaxPool", ["x"], ["y", "i"], kernel_shape=[1, 1])], "with a second output 'i'"),
+        ([node("AveragePool", ["x"], ["y"], kernel_shape=[1, 1], ceil_mode=1, strides=[4, 4])], "last window lies in the padding alone"),
+        ([node("BatchNormalization", ["x", "s", "s", "s", "s"], ["y"], training_mode=1)], "training mode"),
+        ([node("Conv", ["x", "w3"], ["y"])], "Conv at 'Conv_0' cannot be converted: a weight"),
+        ([node("Gemm", ["x", "s"], ["y"])], "Gemm at 'Gemm_0' cannot be converted: A and B must be matrices"),
+        ([node("Reshape", ["x", "seven"], ["y"])], r"\[1, 2, 4, 4\] has not as many elements as \[7\]"),
+        ([node("Expand", ["x", "huge"], ["y"])], "has more than"),
+        ([node("ConstantOfShape", ["huge"], ["c"]), node("Add", ["x", "c"], ["y"])], "its result has [0-9]+ elements, at most"),
+        ([node("Relu", ["q"], ["y"])], "is not valid ONNX"),
+        ([node("Relu", ["x"], ["y"], alpha=1.0)], "is not valid ONNX"),
+        ([node("Neg", ["s"], ["y"])], "of constants alone|does not depend on the input"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_converted_is_named(nodes, message, tmp_path):
+    constants = dict(s=f(2), w3=f(3, 5, 1, 1), seven=i(7), huge=i(1 << 20, 1 << 20, 2, 4, 4))
+    with pytest.raises((pycert.UnsupportedOperator, ValueError), match=message):
+        load(tmp_path, nodes, [1, 2, 4, 4], constants, opset=14)
+
+
+def test_inputs_that_cannot_be_bounded_are_named(tmp_path):
+    made = model([node("Gemm", ["x", "W"], ["y"])], [1, 4], dict(W=f(4, 3)))
+    made.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.BOOL, [1, 3]))
+    onnx.save(made, tmp_path / "two.onnx")
+    with pytest.raises(
+        ValueError, match=r"one input, this one has 2: 'x' float \[1, 4\], 'mask' bool \[1, 3\]"
+    ):
+        pycert.load_onnx(tmp_path / "two.onnx")
+    with pytest.raises(TypeError, match=r"the input 'x' is int64 \[1, 4\]"):
+        load(tmp_path, [node("Identity", ["x"], ["y"])], [1, 4], kind=TensorProto.INT64)
+    with pytest.raises(TypeError, match=r"float16 \[1, 4\].*convert it to float32"):
+        load(tmp_path, [node("Relu", ["x"], ["y"])], [1, 4], kind=TensorProto.FLOAT16)
+
+
+def test_weights_listed_as_inputs_are_none(tmp_path):
+    """Before IR version 4 every initializer was an input too."""
+    made = model([node("Gemm", ["x", "W"], ["y"])], [1, 4], dict(W=f(4, 3)))
+    made.graph.input.append(helper.make_tensor_value_info("W", TensorProto.FLOAT, [4, 3]))
+    onnx.save(made, tmp_path / "old.onnx")
+    assert pycert.load_onnx(tmp_path / "old.onnx").checked
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(range(256)) * 40, b"\x08\x07", b"\x80" * 10_000])
+def test_files_that_are_not_onnx(content, tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.onnx is not an ONNX file"):
+        pycert.load_onnx(tmp_path / "bad.onnx")
+
+
+def test_files_that_are_missing_too_old_or_too_large(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.onnx"):
+        pycert.load_onnx(tmp_path / "none.onnx")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        pycert.load_onnx(tmp_path)
+    with pytest.raises(ValueError, match="has opset 6, supported are 7 and newer"):
+        load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS, opset=6)
+    with pytest.raises(ValueError, match=r"net\.onnx is larger than max_size allows"):
+        load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS, options=dict(max_size=100))
+    with pytest.raises(ValueError, match="max_size must be bytes or text"):
+        load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS, options=dict(max_size="lots"))
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.onnx")
+        with pytest.raises(FileNotFoundError):  # and not wait for someone who writes into it
+            pycert.load_onnx(tmp_path / "pipe.onnx")
+
+
+def external(folder, location, **entries):
+    """A file in ``folder/net`` whose weight W lies in ``location``."""
+    (folder / "net").mkdir(exist_ok=True)
+    made = model([node("Gemm", ["x", "W"], ["y"])], [1, 4], dict(W=np.ones((4, 3), np.float32)))
+    tensor = made.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, **entries}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    (folder / "net" / "net.onnx").write_bytes(made.SerializeToString())
+    return folder / "net" / "net.onnx"
+
+
+def test_external_data_is_read_from_the_folder_of_the_file(tmp_path):
+    path = external(tmp_path, "sub/w.bin", offset=4, length=48)
+    (tmp_path / "net" / "sub").mkdir()
+    (tmp_path / "net" / "sub" / "w.bin").write_bytes(
+        b"head" + np.arange(12, dtype=np.float32).tobytes() + b"tail"
+    )
+    net = pycert.load_onnx(path)
+    assert net.Gemm_0.weight.detach().T.flatten().tolist() == list(range(12))
+    assert net.checked
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["../w.bin", "sub/../../w.bin", "/etc/hostname", "C:/w.bin", "..\\w.bin", "", "link.bin", "linked/w.bin"],
+)
+def test_external_data_outside_of_the_folder_is_refused(location, tmp_path):
+    path = external(tmp_path, location)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for folder in (tmp_path, outside):
+        (folder / "w.bin").write_bytes(bytes(48))
+    (tmp_path / "net" / "link.bin").symlink_to(outside / "w.bin")
+    (tmp_path / "net" / "linked").symlink_to(outside, target_is_directory=True)
+    with pytest.raises(ValueError, match="must be a relative path without|leads out of the model's folder"):
+        pycert.load_onnx(path)
+
+
+def test_external_data_that_does_not_fit(tmp_path):
+    path = external(tmp_path, "w.bin")
+    with pytest.raises(FileNotFoundError, match="no such file beside the model"):
+        pycert.load_onnx(path)
+    data = tmp_path / "net" / "w.bin"
+    data.write_bytes(bytes(47))
+    with pytest.raises(ValueError, match=r"is not valid ONNX: .*W.*47 bytes"):
+        pycert.load_onnx(path)
+    with pytest.raises(ValueError, match="48 bytes from 0 on are wanted, the file has 47"):
+        pycert.load_onnx(external(tmp_path, "w.bin", length=48))
+    with pytest.raises(ValueError, match="offset must be a number, got '-4'"):
+        pycert.load_onnx(external(tmp_path, "w.bin", offset=-4))
+    with open(data, "wb") as file:
+        file.truncate(1 << 33)  # sparse: larger than the limit, and nowhere read
+    with pytest.raises(ValueError, match="larger than max_size allows"):
+        pycert.load_onnx(external(tmp_path, "w.bin"))
+    if hasattr(os, "mkfifo"):
+        data.unlink()
+        os.mkfifo(data)
+        with pytest.raises(FileNotFoundError):
+            pycert.load_onnx(external(tmp_path, "w.bin"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_raise_named_errors_only(seed, tmp_path):
+    """Bytes changed at random: an error of those that are documented, or a network, soon."""
+    random = np.random.default_rng(seed)
+    names = [name for name in CASES if len(CASES[name][0]) > 1 or "Pool" in name or "Conv" in name]
+    path = tmp_path / "damaged.onnx"
+    for _ in range(150):
+        content = bytearray(model(*CASES[names[random.integers(len(names))]]).SerializeToString())
+        for _ in range(random.integers(1, 5)):
+            content[random.integers(len(content))] = random.integers(256)
+        path.write_bytes(bytes(content[: random.integers(20, 4 * len(content))]))
+        began = time.monotonic()
+        try:
+            pycert.load_onnx(path, check=False)
+        except (ValueError, TypeError, pycert.UnsupportedOperator) as error:
+            assert str(error)
+        assert time.monotonic() - began < 20
+
+
+def test_pycert_works_without_onnx(tmp_path):
+    program = (
+        "import sys; sys.modules['onnx'] = None\n"
+        "import pycert\n"
+        "try:\n    pycert.load_onnx('net.onnx')\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "load_onnx needs the package onnx: pip install 'pycert[onnx]'"
+
+
+def test_no_module_that_could_run_code_is_imported_for_a_file(tmp_path):
+    """Reading needs neither pickle of the file's content nor generated code: both are made to fail."""
+    program = (
+        "import sys, pickle, builtins, onnx, torch, pycert\n"
+        "import onnx.reference, pycert.onnx_import.converter\n"
+        "def refuse(*arguments, **options):\n    raise SystemExit('ran code')\n"
+        "pickle.loads = pickle.load = torch.load = refuse\n"
+        "net = pycert.load_onnx(sys.argv[1], check=False)\n"
+        "print(net(net.example_input()).shape)\n"
+    )
+    onnx.save(model(MLP, [1, 1, 2, 3], WEIGHTS), tmp_path / "net.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "net.onnx")], capture_output=True, text=True
+    )
+    assert "torch.Size([1, 3])" in done.stdout, done.stderr
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """A file and data for it, in the present folder."""
+    monkeypatch.chdir(tmp_path)
+    net = load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS)
+    x = GENERATOR.random((8, 1, 2, 3)).astype(np.float32)
+    with torch.no_grad():
+        y = net(torch.from_numpy(x)).argmax(1).numpy()
+    np.savez("data.npz", x=x, y=y)
+    np.savez("flat.npz", x=x.reshape(8, 6), y=y)
+    return tmp_path
+
+
+def test_certify_takes_an_onnx_file(command, capsys):
+    from pycert.cli import main, records
+
+    arguments = (
+        "certify net.onnx --data data.npz --eps 0.01 --method ibp crown --no-plot --quiet --out r.jsonl"
+    )
+    assert main(arguments.split()) == 0
+    header, rows = records.read(command / "r.jsonl")
+    found = [row["certified"] for row in rows if row["method"] == "crown"]
+    file = np.load("data.npz")
+    net = pycert.load_onnx("net.onnx")
+    x, y = torch.from_numpy(file["x"]), torch.from_numpy(file["y"])
+    expected = pycert.certify(pycert.BoundedModule(net, x[:1]), x, y, eps=0.01)
+    assert found == expected.certified.tolist() and any(found)
+    assert header["run"]["network"] == "net.onnx"
+    assert main(arguments.replace("data.npz", "flat.npz").split()) == 2
+    assert "--shape" in capsys.readouterr().err
+    assert (
+        main([*arguments.replace("data.npz", "flat.npz").split(), "--shape", "1", "2", "3", "--overwrite"])
+        == 0
+    )
+
+
+def test_results_of_another_file_are_not_continued(command, capsys):
+    """The same weights in another graph are another network."""
+    from pycert.cli import main
+
+    arguments = (
+        "certify net.onnx --data data.npz --eps 0.01 --method ibp --no-plot --quiet --out r.jsonl".split()
+    )
+    assert main(arguments) == 0
+    nodes = copy.deepcopy(MLP)
+    nodes[2].op_type = "Sigmoid"
+    load(command, nodes, [1, 1, 2, 3], WEIGHTS)
+    assert main(arguments) == 2
+    assert "structure" in capsys.readouterr().err
+
+
+def test_a_missing_or_broken_file_is_named(command, capsys):
+    from pycert.cli import main
+
+    (command / "bad.onnx").write_bytes(b"hello")
+    for name, message in (
+        ("none.onnx", "there is no file none.onnx"),
+        ("bad.onnx", "bad.onnx is not an ONNX file"),
+    ):
+        assert main(["certify", name, "--data", "data.npz", "--eps", "0.01"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_train_goes_on_from_the_weights_of_the_file(command):
+    from pycert.cli import main
+
+    arguments = "train --network net.onnx --data data.npz --epochs 4 --quiet --out w.pt --learning-rate 1e-6"
+    assert main(arguments.split()) == 0
+    weights = torch.load("w.pt", weights_only=True)
+    torch.testing.assert_close(weights["layer_0.weight"], torch.from_numpy(WEIGHTS["W"]), rtol=0, atol=1e-3)
+    assert main("certify net.onnx --weights w.pt --data data.npz --eps 0.01 --no-plot --quiet".split()) == 0
+
+
+def test_doctor_lists_the_packages(capsys):
+    from pycert.cli import main
+
+    assert main(["doctor"]) == 0
+    assert onnx.__version__ in capsys.readouterr().out
+
+
+# ---- public networks --------------------------------------------------------------------------
+
+ACASXU = [f"acasxu/onnx/ACASXU_run2a_{a}_{b}_batch_2000" for a in range(1, 6) for b in range(1, 10)]
+NETWORKS = [
+    *(f"mnistfc/onnx/mnist-net_256x{depth}" for depth in (2, 4, 6)),
+    *(f"oval21/onnx/cifar_{kind}_kw" for kind in ("base", "wide", "deep")),
+    *(f"eran_mlp/mnist_{depth}_100" for depth in (6, 9)),
+    "cifar10_resnet/onnx/resnet_2b",
+]
+
+
+def public(name: str):
+    """Path of a network of the public set; the test is skipped where it is not found."""
+    files = pytest.importorskip(
+        "benchmarks.files", reason="the benchmarks are not part of an installed package"
+    )
+    try:
+        return files.locate(f"nets/{name}.onnx")
+    except files.MissingFileError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*NETWORKS, ACASXU[0], ACASXU[23], *(pytest.param(name, marks=pytest.mark.slow) for name in ACASXU)],
+)
+def test_public_networks_load_and_bound(name):
+    net = pycert.load_onnx(public(name), check=None if onnxruntime is None else True)
+    assert net.checked
+    assert_bounds_hold(net, samples=10, methods=("ibp", "crown-ibp", "crown"), radius=0.004)
+
+
+def test_published_counterexamples_of_acasxu_are_reproduced():
+    """Inputs that other verifiers found: the scores are as bad as the property says, and so are the bounds there."""
+    table = public(ACASXU[0]).parent.parent / "counterexamples.csv"
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) == 45
+    for row in rows[::3]:
+        net = pycert.load_onnx(public(f"acasxu/{row['onnx'].removesuffix('.onnx')}"))
+        x = torch.tensor([[[[float(row[f"x{k}"]) for k in range(5)]]]])
+        with torch.no_grad():
+            scores = net(x)[0]
+            bounds = pycert.BoundedModule(net, x).bound(pycert.LpBall(x, eps=1e-4), method="crown")
+        if row["vnnlib"].endswith("prop_2.vnnlib"):
+            assert scores[0] == scores.max()
+            assert (bounds.upper[0, 0] >= bounds.lower[0]).all()
+        else:  # properties 3 and 4: the first score is the least
+            assert scores[0] == scores.min()
+            assert (bounds.lower[0, 0] <= bounds.upper[0]).all()

@@ -112,7 +112,12 @@ def _reference(model: Any, output: str) -> Evaluator:
     evaluator = ReferenceEvaluator(model)
     stored = {item.name for item in model.graph.initializer}
     name: Any = next(item.name for item in model.graph.input if item.name not in stored)
-    return lambda x: torch.from_numpy(evaluator.run([output], {name: x.numpy()})[0])
+
+    def run(x: Tensor) -> Tensor:
+        found: Any = evaluator.run([output], {name: x.numpy()})
+        return torch.from_numpy(found[0])
+
+    return run
 
 
 def _compare(first: Tensor, second: Tensor, what: str) -> None:

@@ -171,13 +171,10 @@ class Converter:
         return self.net.get_submodule(name)
 
     def _sample_after(self, module: nn.Module, inputs: list[Raw]) -> Shape:
-        """The shape that a module gives, found on meta tensors, so that nothing is computed or allocated."""
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        forms = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        stand_ins = tuple(torch.empty(2, *item.sample, dtype=self.dtype, device="meta") for item in inputs)
+        """The shape that a module gives, found on a batch of none: nothing is computed, and nothing imported for it."""
         with torch.no_grad():
-            result = torch.func.functional_call(module, forms, stand_ins)
-        if result.dim() == 0 or result.shape[0] != 2 or result.dtype != self.dtype:
+            result = module(*(torch.empty(0, *item.sample, dtype=self.dtype) for item in inputs))
+        if result.dim() == 0 or result.shape[0] != 0 or result.dtype != self.dtype:
             raise ValueError(
                 f"its result {list(result.shape)}, {result.dtype} has lost the batch or the dtype"
             )

@@ -38,6 +38,7 @@ def read(path: Path, max_bytes: int) -> tuple[Any, str]:
         raise ValueError(f"load_onnx: {path} is not an ONNX file ({error})") from error
     if not model.ir_version or not model.graph.node or not model.opset_import:
         raise ValueError(f"load_onnx: {path} is not an ONNX file (no IR version, opset or nodes)")
+    _check_names(model.graph, path)
     _inline_external_data(model, path, max_bytes - len(content))
     return model, hashlib.sha256(content).hexdigest()
 
@@ -73,6 +74,18 @@ def check(model: Any, path: Path) -> None:
     finally:
         for kind in bare:
             kind.ClearField("shape")
+
+
+def _check_names(graph: Any, path: Path) -> None:
+    """Raises ValueError where a name is not text: protocol buffers then give bytes in its place."""
+    values = [*graph.input, *graph.output]
+    symbols = [dim.dim_param for value in values for dim in value.type.tensor_type.shape.dim]
+    names = [item.name for item in (*values, *graph.initializer, *graph.node)]
+    of_nodes = [
+        name for item in graph.node for name in (item.op_type, item.domain, *item.input, *item.output)
+    ]
+    if not all(isinstance(name, str) for name in (*symbols, *names, *of_nodes)):
+        raise ValueError(f"load_onnx: {path} is not valid ONNX: a name in it is not UTF-8")
 
 
 def _first_line(error: Exception) -> str:
