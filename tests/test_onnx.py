@@ -639,6 +639,9 @@ def test_an_output_is_chosen_by_name(tmp_path):
     assert load(tmp_path, nodes, **arguments, options=dict(output="r")).output_name == "r"
     scores = load(tmp_path, nodes, **arguments, options=dict(output="a"))
     assert [name for name, _ in scores.named_children()] == ["Gemm_0"] and scores.checked
+    fused = [node("MatMul", ["x", "W"], ["a"]), node("Add", ["a", "b"], ["y"])]
+    before = load(tmp_path, fused, [1, 4], dict(W=f(4, 3), b=f(3)), check=False, options=dict(output="a"))
+    assert before.MatMul_0.bias is None  # what follows is not drawn into it
     with pytest.raises(ValueError, match="output='q' is no output"):
         load(tmp_path, nodes, **arguments, options=dict(output="q"))
 
@@ -666,7 +669,7 @@ def test_a_wrong_conversion_would_be_noticed(tmp_path, monkeypatch):
     monkeypatch.setitem(
         HANDLERS, "Relu", lambda conv, n: elementwise.same_shape(conv, n, nn.Sigmoid(), n.live())
     )
-    with pytest.raises(ValueError, match=r"the converted network and onnx\.reference differ by"):
+    with pytest.raises(ValueError, match=r"the converted network and onnx\.reference .*differ by"):
         load(tmp_path, MLP, [1, 1, 2, 3], WEIGHTS)
     if onnxruntime is not None:
         with pytest.raises(ValueError, match="the converted network and onnxruntime differ by"):
@@ -797,7 +800,7 @@ def test_external_data_that_does_not_fit(tmp_path):
         pycert.load_onnx(path)
     data = tmp_path / "net" / "w.bin"
     data.write_bytes(bytes(47))
-    with pytest.raises(ValueError, match=r"is not valid ONNX: .*W.*47 bytes"):
+    with pytest.raises(ValueError, match=r"W.*47 bytes"):
         pycert.load_onnx(path)
     with pytest.raises(ValueError, match="48 bytes from 0 on are wanted, the file has 47"):
         pycert.load_onnx(external(tmp_path, "w.bin", length=48))
@@ -968,7 +971,7 @@ def public(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    [*NETWORKS, ACASXU[0], ACASXU[23], *(pytest.param(name, marks=pytest.mark.slow) for name in ACASXU)],
+    [*NETWORKS, *ACASXU],
 )
 def test_public_networks_load_and_bound(name):
     net = pycert.load_onnx(public(name), check=None if onnxruntime is None else True)

@@ -57,6 +57,7 @@ class Converter:
 
     def run(self, output: str) -> None:
         """Converts every node and ends the network at ``output``."""
+        self.readers[output] += 1  # it may be a value inside of the file
         for number, proto in enumerate(self.graph.node):
             self._convert(proto, number)
         found = self.values.get(output)
