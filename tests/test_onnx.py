@@ -722,6 +722,18 @@ def test_inputs_that_cannot_be_bounded_are_named(tmp_path):
         load(tmp_path, [node("Relu", ["x"], ["y"])], [1, 4], kind=TensorProto.FLOAT16)
 
 
+def test_a_function_cannot_take_the_name_of_an_operator(tmp_path):
+    made = model([node("Relu", ["x"], ["y"])], [1, 4])
+    made.functions.append(
+        helper.make_function(
+            "", "Relu", ["a"], ["b"], [node("Neg", ["a"], ["b"])], [helper.make_opsetid("", 13)]
+        )
+    )
+    onnx.save(made, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="gives the operator 'Relu' a meaning of its own"):
+        pycert.load_onnx(tmp_path / "net.onnx")
+
+
 def test_weights_listed_as_inputs_are_none(tmp_path):
     """Before IR version 4 every initializer was an input too."""
     made = model([node("Gemm", ["x", "W"], ["y"])], [1, 4], dict(W=f(4, 3)))

@@ -39,6 +39,11 @@ def read(path: Path, max_bytes: int) -> tuple[Any, str]:
     if not model.ir_version or not model.graph.node or not model.opset_import:
         raise ValueError(f"load_onnx: {path} is not an ONNX file (no IR version, opset or nodes)")
     _check_names(model.graph, path)
+    for function in model.functions:
+        if function.domain in ("", "ai.onnx"):
+            raise ValueError(
+                f"load_onnx: {path} gives the operator {function.name!r} a meaning of its own; export it without functions"
+            )
     _inline_external_data(model, path, max_bytes - len(content))
     return model, hashlib.sha256(content).hexdigest()
 
