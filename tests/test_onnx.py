@@ -489,6 +489,8 @@ def test_operators_compute_what_onnxruntime_does_and_bounds_hold(name, tmp_path)
     assert outputs.shape == (3, *net.output_shape)
     single = [1 if isinstance(size, str) else size for size in shape]
     expected = evaluate(model(nodes, shape, constants, opset), x.reshape(3, *single))
+    declared = expected.shape[1:]
+    assert net.output_shape == (declared[1:] if len(declared) > 1 and declared[0] == 1 else declared)
     torch.testing.assert_close(outputs, expected.reshape(outputs.shape), rtol=1e-4, atol=1e-5)
     try:
         pycert.BoundedModule(net, net.example_input())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pycert.onnx_import.network import OnnxNetwork
+from pycert.onnx_import.nodes import sample_of
 
 _SAMPLES = 3
 #: Of the largest output; float32 sums in another order differ by far less, a wrong operator by far more.
@@ -52,13 +53,18 @@ def check(
     name = "onnxruntime" if thorough else "onnx.reference"
     try:
         run = _onnxruntime(model, output) if thorough else _reference(model, output)
-        found = torch.cat([run(x.reshape(shape)).flatten() for x in inputs.split(1)])
+        results = [run(x.reshape(shape)) for x in inputs.split(1)]
     except ImportError:
         raise
     except Exception as error:  # neither has a class of its own for what a file may cause
         if thorough:
             raise RuntimeError(f"load_onnx: onnxruntime cannot run the file: {error}") from error
         return None
+    if sample_of(tuple(results[0].shape)) != net.output_shape:
+        raise ValueError(
+            f"load_onnx: the output is {list(net.output_shape)}, {name} gives {list(results[0].shape)}"
+        )
+    found = torch.cat([result.flatten() for result in results])
     other = "" if thorough else " (check=True asks onnxruntime)"
     _compare(together, found, f"the converted network and {name}{other}")
     if net.file_shape and isinstance(net.file_shape[0], str):

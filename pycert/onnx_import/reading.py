@@ -42,7 +42,8 @@ def read(path: Path, max_bytes: int) -> tuple[Any, str]:
     for function in model.functions:
         if function.domain in ("", "ai.onnx"):
             raise ValueError(
-                f"load_onnx: {path} gives the operator {function.name!r} a meaning of its own; export it without functions"
+                f"load_onnx: {path} gives the operator {function.name!r} a meaning of its own; "
+                "export it without functions"
             )
     _inline_external_data(model, path, max_bytes - len(content))
     return model, hashlib.sha256(content).hexdigest()
