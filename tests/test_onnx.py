@@ -530,6 +530,15 @@ def test_activations_that_are_written_out_become_one(tmp_path):
         assert [type(child) for child in net.children()] == [kind]
 
 
+def test_a_gate_is_no_activation(tmp_path):
+    """A sigmoid, or the root of two, of something else."""
+    gate = [node("Neg", ["x"], ["a"]), node("Sigmoid", ["a"], ["s"]), node("Mul", ["x", "s"], ["y"])]
+    assert load(tmp_path, gate, [1, 4]).checked
+    nodes, shape, constants, opset = CASES["GELU written out"]
+    net = load(tmp_path, nodes, shape, constants | dict(r=np.float32(1.5)), opset)
+    assert net.checked and not any(isinstance(child, nn.GELU) for child in net.children())
+
+
 # ---- the module -------------------------------------------------------------------------------
 
 MLP = [
