@@ -16,6 +16,7 @@ from pycert.activations import register_activation
 from pycert.bounded import BoundedModule, Bounds, Cost, LinearBounds, margins
 from pycert.certification import CertifyResult, certify
 from pycert.errors import UnsupportedOperator
+from pycert.onnx_import import OnnxNetwork, load_onnx
 from pycert.regions import Box, LpBall
 
 __all__ = [
@@ -26,10 +27,12 @@ __all__ = [
     "Cost",
     "LinearBounds",
     "LpBall",
+    "OnnxNetwork",
     "UnsupportedOperator",
     "__version__",
     "attacks",
     "certify",
+    "load_onnx",
     "margins",
     "nn",
     "ops",

@@ -127,7 +127,7 @@ def test_every_page_of_the_documentation_is_in_its_table_of_contents():
     assert pages <= set(listed)
 
 
-@pytest.mark.parametrize("extra", ["build", "demo", "test", "lint", "docs", "dist"])
+@pytest.mark.parametrize("extra", ["build", "onnx", "demo", "test", "lint", "docs", "dist"])
 def test_make_finds_the_requirements_of_every_extra(extra):
     sys.path.insert(0, str(ROOT / "tools"))
     try:

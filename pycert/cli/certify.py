@@ -24,9 +24,10 @@ EPILOG = """
 examples:
   pycert certify mynets:small --weights small.pt --data test.npz --scale 255 --eps 2/255 8/255 --clip 0 1
   pycert certify nets.py:make --data test.npz --eps 0.1 --method ibp crown --attack --report page.html
+  pycert certify mnist.onnx --data test.npz --shape 784 1 --scale 255 --eps 0.02 --clip 0 1
 
 Run the same command again to go on after an interruption: finished samples are read from --out.
-MODULE:FUNCTION runs code. FILE.npz and FILE.pt are read without running any.
+MODULE:FUNCTION runs code. FILE.npz, FILE.pt and FILE.onnx are read without running any.
 """
 
 

@@ -22,6 +22,8 @@ OPTIONAL_PACKAGES = (
     ("sklearn", "scikit-learn", "the digits of `make demo` and of the tests"),
     ("matplotlib", "matplotlib", "plots"),
     ("tqdm", "tqdm", "progress bars"),
+    ("onnx", "onnx", "networks from ONNX files (pycert.load_onnx)"),
+    ("onnxruntime", "onnxruntime", "checks of what pycert.load_onnx has read"),
 )
 
 

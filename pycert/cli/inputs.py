@@ -1,8 +1,7 @@
 """Networks, weights and data named on the command line: loaded, checked, hashed.
 
-Data and weights are untrusted: arrays without pickle, state dicts with ``weights_only=True``.
-    ``MODULE:FUNCTION`` is
-not: it runs code.
+Data, weights and ONNX files are untrusted: arrays without pickle, state dicts with ``weights_only=True``, and
+nothing of an ONNX file is run. ``MODULE:FUNCTION`` is not: it runs code.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import pycert.nn
+import pycert.onnx_import
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -50,10 +50,10 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network and data")
     group.add_argument(
         "network",
-        metavar="MODULE:FUNCTION",
+        metavar="MODULE:FUNCTION|FILE.onnx",
         help="a function without arguments that returns the nn.Module; MODULE is importable from the present "
         "folder, or a file FOLDER/FILE.py. This runs the code of that module: name only modules that you "
-        "trust",
+        "trust. Or an ONNX file, of which nothing is run",
     )
     group.add_argument(
         "--weights",
@@ -91,7 +91,10 @@ def load_network(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -
     """The network of ``args`` in evaluation mode, with its weights and, if asked for, its normalisation in
     front."""
     torch.manual_seed(args.seed)
-    net = _resolve(args.network)()
+    if is_onnx(args.network):
+        net: Any = pycert.onnx_import.load_onnx(args.network)
+    else:
+        net = _resolve(args.network)()
     if not isinstance(net, nn.Module):
         raise CommandError(f"{args.network} must return a torch.nn.Module, got {type(net).__name__}")
     if args.weights is not None:
@@ -103,6 +106,11 @@ def load_network(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -
             raise CommandError(f"--std must be positive, one for each --mean, got {args.mean} and {args.std}")
         net = nn.Sequential(pycert.nn.Normalize(args.mean, args.std), net)
     return net.to(dtype).eval()
+
+
+def is_onnx(network: str) -> bool:
+    """Whether a network is named by an ONNX file."""
+    return network.lower().endswith(".onnx")
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
@@ -178,9 +186,10 @@ def check_fit(net: nn.Module, x: Tensor, y: Tensor) -> int:
     with torch.no_grad():
         try:
             outputs = net(x[:1])
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise CommandError(
-                f"the network does not accept samples of shape {list(x.shape[1:])}: {error}"
+                f"the network does not accept samples of shape {list(x.shape[1:])} (--shape gives them "
+                f"another): {error}"
             ) from error
     if outputs.dim() != 2 or outputs.shape[1] < 2:
         raise CommandError(
@@ -207,7 +216,7 @@ def _resolve(reference: str) -> Any:
     """The function that ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION`` names; importing it runs its module."""
     module_name, colon, name = reference.rpartition(":")
     if not colon or not module_name or not name:
-        raise CommandError(f"expected MODULE:FUNCTION, got {reference!r}")
+        raise CommandError(f"expected MODULE:FUNCTION or FILE.onnx, got {reference!r}")
     try:
         if module_name.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)

@@ -24,7 +24,9 @@ def add_parser(subparsers: Any) -> None:
         description="Train a network so that it can be certified; without --network and --data, the demo's.",
     )
     parser.add_argument(
-        "--network", metavar="MODULE:FUNCTION", help="returns the nn.Module; runs code of that module"
+        "--network",
+        metavar="MODULE:FUNCTION|FILE.onnx",
+        help="returns the nn.Module (runs code of that module); or an ONNX file, whose weights are trained further",
     )
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="arrays x [N, ...] and y [N]")
     parser.add_argument("--x-key", default="x", metavar="NAME")
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         net, data = inputs.load_network(args), inputs.load_data(args)
     inputs.check_fit(net, *data)
-    if args.weights is None:
+    if args.weights is None and (args.network is None or not inputs.is_onnx(args.network)):
         train.initialize_for_ibp(net, args.seed)
     recipe = dataclasses.replace(
         demo.shortened(demo.RECIPE, args.epochs),

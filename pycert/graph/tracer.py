@@ -30,7 +30,14 @@ LOWERINGS: dict[str, Callable[..., Any]] = {}
 #: Lowerings that need the function itself, as all movement of data does.
 GENERIC: dict[str, Callable[..., Any]] = {}
 
-_SKIPPED_FILES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+_HOME = os.path.dirname(os.path.dirname(__file__))
+#: Files that are not the user's: torch, the tracer, who calls it, and the module that stands for an ONNX file.
+_SKIPPED_FILES = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.join(_HOME, "graph") + os.sep,
+    os.path.join(_HOME, "onnx_import") + os.sep,
+    os.path.join(_HOME, "bounded.py"),
+)
 _MOVEMENT = frozenset(("reshape", "gather", "concat"))  # never the main node of a layer
 
 
