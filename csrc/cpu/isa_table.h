@@ -2,9 +2,13 @@
 #if PYCERT_LANES > 2
 template <typename T>
 inline constexpr auto kProduct = product<T>;
+template <typename T>
+inline constexpr auto kDualProductMany = dual_product_many<T>;
 #else
 template <typename T>
 inline constexpr void (*kProduct)(const ProductArgs<T>&) = nullptr;
+template <typename T>
+inline constexpr void (*kDualProductMany)(const DualProductArgs<T>&) = nullptr;
 #endif
 
 template <typename T>
@@ -16,6 +20,7 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       magnitudes<T>,
                                       squares<T>,
                                       charge<T>,
+                                      kDualProductMany<T>,
                                       kProduct<T>,
                                       interleave<T>,
                                       relax<T>,

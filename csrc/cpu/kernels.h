@@ -276,7 +276,8 @@ struct Kernels {
   void (*magnitudes)(const MagnitudeArgs<T>&);
   void (*squares)(const SquaresArgs<T>&);
   void (*charge)(const ChargeArgs<T>&);
-  void (*product)(const ProductArgs<T>&);  // null: ATen's is faster
+  void (*dual_product_many)(const DualProductArgs<T>&);  // blocks of kProductBlock; null: ATen's is faster
+  void (*product)(const ProductArgs<T>&);                // null: ATen's is faster
   void (*interleave)(const InterleaveArgs<T>&);
   void (*relax)(const RelaxArgs<T>&);
   void (*dot)(const DotArgs<T>&);

@@ -122,3 +122,105 @@ void product(const ProductArgs<T>& p) {
       product_panel(p, task / panels, task % panels * kTileColumns<T>, panel);
   });
 }
+
+// ---- W m and |W| r for many samples ------------------------------------------------------------------------------
+// W is read once, as it stands: its elements are broadcast against samples side by side in registers.
+
+template <typename T>
+PYCERT_INLINE Register<T> without_sign(const Register<T>& v) {
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integer;
+  typedef Integer Bits __attribute__((vector_size(sizeof(Register<T>))));
+  return (Register<T>)((Bits)v & (Bits{} + std::numeric_limits<Integer>::max()));
+}
+
+inline constexpr int64_t kDualDepth = 4 * kProductBlock;
+template <int J>
+inline constexpr int kDualRows = (kTileRows == 12 ? 12 : 5) / J;  // what the registers hold
+
+// R rows of W against `count` packed samples' values [count, 2, J registers]; sums [R, 2, J registers] are added to.
+template <int R, int J, typename T>
+PYCERT_INLINE void dual_tile(const T* weight, int64_t stride, const T* packed, int64_t count, T* sums) {
+  constexpr int64_t kWidth = sizeof(Register<T>) / sizeof(T);
+  for (int64_t start = 0; start < count; start += kProductBlock) {
+    const int64_t end = std::min(count, start + kProductBlock);
+    Register<T> acc[R][2][J] = {};
+    for (int64_t k = start; k < end; ++k) {
+      Register<T> values[2][J];
+      __builtin_memcpy(values, packed + k * 2 * J * kWidth, sizeof values);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Register<T> w = weight[r * stride + k] - Register<T>{}, size = without_sign<T>(w);
+#pragma GCC unroll 2
+        for (int j = 0; j < J; ++j) {
+          acc[r][0][j] = fused(w, values[0][j], acc[r][0][j]);
+          acc[r][1][j] = fused(size, values[1][j], acc[r][1][j]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Register<T> sum[2][J];
+      T* at = sums + r * 2 * J * kWidth;
+      __builtin_memcpy(sum, at, sizeof sum);
+#pragma GCC unroll 2
+      for (int j = 0; j < J; ++j) {
+        sum[0][j] += acc[r][0][j];
+        sum[1][j] += acc[r][1][j];
+      }
+      __builtin_memcpy(at, sum, sizeof sum);
+    }
+  }
+}
+
+// Samples [first, first + samples) of all rows of W; `packed` is [K, 2, J registers].
+template <int J, typename T>
+void dual_group(const DualProductArgs<T>& a, int64_t first, int64_t samples, std::vector<T>& packed) {
+  constexpr int64_t kWidth = sizeof(Register<T>) / sizeof(T), kSamples = J * kWidth, R = kDualRows<J>;
+  packed.assign(size_t(a.count * 2 * kSamples), T(0));
+  at::parallel_for(0, a.count, 1 + 8192 / samples, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0; b < samples; ++b) {
+      const T *mid = a.mid + (first + b) * a.count, *radius = a.radius + (first + b) * a.count;
+      for (int64_t k = begin; k < end; ++k) {
+        packed[size_t(k * 2 * kSamples + b)] = mid[k];
+        packed[size_t((k * 2 + 1) * kSamples + b)] = radius[k];
+      }
+    }
+  });
+  const int64_t strips = (a.rows + R - 1) / R;
+  at::parallel_for(0, strips, 1 + 65536 / (a.count * R * J), [&](int64_t begin, int64_t end) {
+    std::vector<T> sums(size_t((end - begin) * R * 2 * kSamples), T(0));
+    for (int64_t k = 0; k < a.count; k += kDualDepth) {
+      const int64_t count = std::min(kDualDepth, a.count - k);
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const T* weight = a.weight + strip * R * a.count + k;
+        const T* values = packed.data() + k * 2 * kSamples;
+        T* to = sums.data() + (strip - begin) * R * 2 * kSamples;
+        if ((strip + 1) * R <= a.rows) {
+          dual_tile<R, J>(weight, a.count, values, count, to);
+        } else {
+          for (int64_t r = 0; r < a.rows - strip * R; ++r)
+            dual_tile<1, J>(weight + r * a.count, a.count, values, count, to + r * 2 * kSamples);
+        }
+      }
+    }
+    for (int64_t n = begin * R; n < std::min(end * R, a.rows); ++n)
+      for (int64_t b = 0; b < samples; ++b) {
+        const T* from = sums.data() + (n - begin * R) * 2 * kSamples + b;
+        a.centre[(first + b) * a.rows + n] = from[0];
+        a.spread[(first + b) * a.rows + n] = from[kSamples];
+      }
+  });
+}
+
+template <typename T>
+void dual_product_many(const DualProductArgs<T>& a) {
+  constexpr int64_t kWidth = sizeof(Register<T>) / sizeof(T);
+  std::vector<T> packed;
+  for (int64_t first = 0; first < a.batch; first += 2 * kWidth) {
+    const int64_t samples = std::min(2 * kWidth, a.batch - first);
+    if (samples > kWidth)
+      dual_group<2>(a, first, samples, packed);
+    else
+      dual_group<1>(a, first, samples, packed);
+  }
+}

@@ -1,6 +1,7 @@
 #include "ops/interval.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/abs.h>
 #include <ATen/ops/cat.h>
@@ -22,6 +23,7 @@
 #include <limits>
 
 #include "cpu/kernels.h"
+#include "ops/product.h"
 #include "ops/testing.h"
 
 namespace pycert {
@@ -65,19 +67,33 @@ static Tensor conv_by_groups(const Tensor& input, const Tensor& weight, const Co
   return g.groups == 1 ? outputs[0] : at::cat(outputs, 1);
 }
 
-// Up to here one pass over W with both products is faster than two matrix products.
-constexpr int64_t kSmallBatch = 4;
+// Up to here one pass over W with both products is faster than two matrix products: row by row for very few samples,
+// then several rows against all samples.
+constexpr int64_t kSmallBatch = 4, kMediumBatch = 32;
+
+static bool one_pass(int64_t batch, at::ScalarType dtype) {
+  return batch <= kSmallBatch || (batch <= kMediumBatch && has_product_kernels(dtype));
+}
+
+// Length of the summation chains of linear_products, both given.
+static int64_t linear_chain(int64_t batch, int64_t count, at::ScalarType dtype) {
+  if (!one_pass(batch, dtype)) return blocked_chain(count);
+  if (batch > kSmallBatch) return product_chain(count, dtype);
+  const int64_t lanes = 128 / int64_t(c10::elementSize(dtype));
+  return (count + lanes - 1) / lanes + 5;  // dual_row: K / lanes additions a strand, then log2(lanes) <= 5
+}
 
 Box linear_products(const Tensor& weight, const Tensor& mid, const Tensor& radius, bool with_first) {
   const int64_t batch = mid.size(0), rows = weight.size(0), count = weight.size(1);
-  if (batch > kSmallBatch)
-    return {with_first ? mm_blocked(mid, weight.t()) : Tensor(), mm_blocked(radius, weight.abs().t())};
+  const bool own = one_pass(batch, weight.scalar_type()) && (with_first || batch <= kSmallBatch);
+  if (!own) return {with_first ? mm_blocked(mid, weight.t()) : Tensor(), mm_blocked(radius, weight.abs().t())};
   const Tensor w = weight.contiguous(), m = mid.contiguous(), r = radius.contiguous();
   Tensor centre = at::empty({batch, rows}, m.options()), spread = at::empty({batch, rows}, m.options());
   AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "linear_products", [&] {
-    cpu::kernels<scalar_t>().dual_product({w.const_data_ptr<scalar_t>(), m.const_data_ptr<scalar_t>(),
-                                           r.const_data_ptr<scalar_t>(), centre.data_ptr<scalar_t>(),
-                                           spread.data_ptr<scalar_t>(), batch, rows, count});
+    const auto& kernels = cpu::kernels<scalar_t>();
+    const auto product = batch <= kSmallBatch ? kernels.dual_product : kernels.dual_product_many;
+    product({w.const_data_ptr<scalar_t>(), m.const_data_ptr<scalar_t>(), r.const_data_ptr<scalar_t>(),
+             centre.data_ptr<scalar_t>(), spread.data_ptr<scalar_t>(), batch, rows, count});
   });
   return {centre, spread};
 }
@@ -249,10 +265,7 @@ Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   PrecisionGuard guard;
   const int64_t count = weight.size(1), rows = weight.size(0),
                 batch = c10::multiply_integers(lower.sizes().slice(0, size_t(lower.dim() - 1)));
-  const bool small = batch <= kSmallBatch;
-  // dual_row: K / lanes additions a strand, then log2(lanes) <= 5, and the bias
-  const int64_t lanes = 128 / weight.element_size();
-  const int64_t chain = small ? (count + lanes - 1) / lanes + 6 : blocked_chain(count) + 1;
+  const int64_t chain = linear_chain(batch, count, weight.scalar_type()) + 1;  // and the bias
   Charges c = charges_for(chain, count, Soundness(soundness), extra_terms, lower.scalar_type());
   c.vector = true;
   const Prepared p = prepare_boxes(lower, upper, c, batch);
@@ -295,6 +308,24 @@ struct AffineGrads {
   Tensor lower, upper, weight, bias;
 };
 
+// mid + sign(weight) radius
+Tensor with_sign(const Tensor& mid, const Tensor& radius, const Tensor& weight) {
+  const Tensor m = mid.contiguous(), r = radius.contiguous(), w = weight.contiguous();
+  Tensor out = at::empty_like(m);
+  AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "interval_affine_backward", [&] {
+    const scalar_t *of_mid = m.const_data_ptr<scalar_t>(), *of_radius = r.const_data_ptr<scalar_t>(),
+                   *of_weight = w.const_data_ptr<scalar_t>();
+    scalar_t* to = out.data_ptr<scalar_t>();
+    at::parallel_for(0, m.numel(), 16384, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const scalar_t sign = scalar_t(of_weight[i] > 0) - scalar_t(of_weight[i] < 0);
+        to[i] = of_mid[i] + sign * of_radius[i];
+      }
+    });
+  });
+  return out;
+}
+
 AffineGrads finish(const Tensor& grad_mid, const Tensor& grad_radius, const Tensor& grad_weight_mid,
                    const Tensor& grad_weight_radius, const Tensor& weight, const Tensor& grad_bias) {
   AffineGrads g;
@@ -302,7 +333,7 @@ AffineGrads finish(const Tensor& grad_mid, const Tensor& grad_radius, const Tens
     g.lower = (grad_mid - grad_radius).div_(2);
     g.upper = (grad_mid + grad_radius).div_(2);
   }
-  if (grad_weight_mid.defined()) g.weight = grad_weight_radius.mul_(weight.sgn()).add_(grad_weight_mid);
+  if (grad_weight_mid.defined()) g.weight = with_sign(grad_weight_mid, grad_weight_radius, weight);
   g.bias = grad_bias;
   return g;
 }

@@ -15,11 +15,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 namespace {
 
-template <typename T>
-bool has_kernel() {
-  return cpu::kernels<T>().product != nullptr;
-}
-
 Tensor rows_product_cpu(const Tensor& rows, const Tensor& weight, const OptionalTensor& segments,
                         const OptionalTensor& columns, const OptionalTensor& starts) {
   check_floating(rows, "rows_product", "rows");
@@ -29,8 +24,7 @@ Tensor rows_product_cpu(const Tensor& rows, const Tensor& weight, const Optional
   TORCH_CHECK_VALUE(segments.has_value() == columns.has_value() && segments.has_value() == starts.has_value(),
                     "rows_product: segments, columns and starts come together");
   PrecisionGuard guard;
-  const bool own = rows.scalar_type() == at::kFloat ? has_kernel<float>() : has_kernel<double>();
-  if (!own) return mm_blocked(rows, weight);
+  if (!has_product_kernels(rows.scalar_type())) return mm_blocked(rows, weight);
   const Tensor a = rows.contiguous(), b = weight.contiguous();
   Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
   const std::array<int64_t, 2> whole{0, a.size(0)};
@@ -47,9 +41,12 @@ Tensor rows_product_cpu(const Tensor& rows, const Tensor& weight, const Optional
 
 }  // namespace
 
+bool has_product_kernels(at::ScalarType dtype) {
+  return dtype == at::kFloat ? cpu::kernels<float>().product != nullptr : cpu::kernels<double>().product != nullptr;
+}
+
 int64_t product_chain(int64_t terms, at::ScalarType dtype) {
-  const bool own = dtype == at::kFloat ? has_kernel<float>() : has_kernel<double>();
-  if (!own) return blocked_chain(terms);
+  if (!has_product_kernels(dtype)) return blocked_chain(terms);
   return std::min(terms, cpu::kProductBlock) + (terms + cpu::kProductBlock - 1) / cpu::kProductBlock;
 }
 
