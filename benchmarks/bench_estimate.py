@@ -28,6 +28,8 @@ CONVOLUTIONS = {
     "aten::slow_conv_dilated2d": (4, 5, 6),
 }
 
+ONE_PASS = 32  # samples up to which interval_linear calls no matrix product
+
 
 def add_arguments(parser: argparse._ArgumentGroup) -> None:
     """Options of the subject ``estimate``: none beside the runner's."""
@@ -75,7 +77,10 @@ def measure(net: str, batch: int, method: str, threads: int) -> Iterator[dict[st
 def operations(event: Any) -> int:
     """Multiplications and additions of one profiled product, by the shapes it was called with; or 0."""
     shapes, values = event.input_shapes, event.concrete_inputs
-    if event.name in ("aten::mm", "aten::bmm"):
+    if event.name == "pycert::interval_linear":  # both products, where a kernel of pycert's own forms them
+        samples, (outputs, inputs) = math.prod(shapes[0][:-1]), shapes[2]
+        return 4 * samples * outputs * inputs if samples <= ONE_PASS else 0
+    if event.name in ("aten::mm", "aten::bmm", "pycert::rows_product"):
         return 2 * math.prod(shapes[0]) * shapes[1][-1]
     if event.name in ("aten::addmm", "aten::baddbmm"):
         return 2 * math.prod(shapes[1]) * shapes[2][-1]

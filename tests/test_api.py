@@ -527,9 +527,9 @@ bounds = bm.bound(region, "crown", memory="1GiB")
 print(pages("VmSize") - start, *bounds.lower.flatten()[:5].tolist())
 """
     )
-    taken, *expected = map(float, script(body, 768, 16, 0).split())
+    taken, *expected = map(float, script(body, 384, 48, 0).split())
     assert taken > 2**23, "the network is too small for the test to say anything"
-    limited, *found = map(float, script(body, 768, 16, int(0.75 * taken)).split())
+    limited, *found = map(float, script(body, 384, 48, int(0.75 * taken)).split())
     assert limited <= 0.75 * taken
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 

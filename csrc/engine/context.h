@@ -135,7 +135,7 @@ class Context {
   Options options_;
   int64_t batch_;
   at::ScalarType dtype_;
-  bool grad_;
+  bool grad_, convert_ = false;  // convert_: parameters of another dtype are converted as they are used
   std::vector<Box> boxes_;
   int64_t done_ = 0;
   std::vector<std::array<Tensor, 2>> statistics_;  // of BatchNorms in training: mean, variance

@@ -70,6 +70,7 @@ Tensor Context::param(const Node& node, size_t i) const {
   TORCH_CHECK_VALUE(p.device() == regions_[0].lower.device(), "bound: '", node.path, "' is on ", p.device(),
                     ", the region on ", regions_[0].lower.device());
   if (p.scalar_type() == dtype_) return p;
+  if (convert_) return p.to(dtype_);
   const bool elementwise =
       node.op == Op::MulConst || node.op == Op::DivConst || node.op == Op::AddConst || node.op == Op::Constant;
   const Tensor converted = p.to(dtype_);
@@ -155,15 +156,15 @@ void Context::find_centres() {
   const bool training = !statistics_.empty();
   if (options_.method != Method::Crown || !sound() || grad_ || training || dtype_ != at::kFloat) return;
   at::NoGradGuard no_grad;
-  std::vector<Tensor> params, inputs;
-  for (const Tensor& p : params_) params.push_back(p.is_floating_point() ? p.to(at::kDouble) : p);
+  std::vector<Tensor> inputs;
   std::vector<InputRegion> regions;
   for (const InputRegion& r : regions_) {
     const Tensor centre = r.centre.defined() ? r.centre : r.lower / 2 + r.upper / 2;
     inputs.push_back(centre.to(at::kDouble));
     regions.push_back({inputs.back(), inputs.back(), inputs.back(), {}, 0, false});
   }
-  const Context exact(program_, std::move(params), std::move(regions), options_);
+  Context exact(program_, params_, std::move(regions), options_);
+  exact.convert_ = true;
   for (const Tensor& value : evaluate(exact, inputs, nullptr, dtype_)) {
     if (!value.isfinite().all().item<bool>()) return centres_.clear();
     centres_.push_back(value.reshape({batch_, -1}).to(dtype_));
