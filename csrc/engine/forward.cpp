@@ -64,6 +64,26 @@ Context::Context(const Program& program, std::vector<Tensor> params, std::vector
   find_centres();
 }
 
+Context Context::plain() const {
+  at::NoGradGuard no_grad;
+  const auto copy = [](const Tensor& t) {  // inference mode's tensors cannot take part in a gradient
+    if (!t.defined()) return t;
+    return t.is_inference() ? t.clone() : t.detach();
+  };
+  std::vector<Tensor> params;
+  for (const Tensor& p : params_) params.push_back(copy(p));
+  std::vector<InputRegion> regions;
+  for (const InputRegion& r : regions_)
+    regions.push_back({copy(r.lower), copy(r.upper), copy(r.centre), copy(r.eps), r.p, r.clipped});
+  Options options = options_;
+  options.soundness = Soundness::None;
+  options.ascent = {};
+  Context out(program_, std::move(params), std::move(regions), std::move(options));
+  for (size_t i = 0; i < boxes_.size(); ++i)
+    out.boxes_[i] = {copy(std::get<0>(boxes_[i])), copy(std::get<1>(boxes_[i]))};
+  return out;
+}
+
 Tensor Context::param(const Node& node, size_t i) const {
   if (i >= node.params.size() || node.params[i] < 0) return {};
   const Tensor& p = params_[size_t(node.params[i])];
@@ -358,7 +378,7 @@ void Context::propagate(int64_t last, bool forget) {
 }
 
 void Context::forget_caches() {
-  for (auto* cache : {&lines_, &relu_lines_, &centred_lines_}) cache->clear();
+  for (auto* cache : {&lines_, &relu_lines_, &flattest_lines_, &centred_lines_}) cache->clear();
   for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
   for (auto* cache : {&radius_, &charges_, &relax_charges_}) cache->clear();
   sizes_.clear();
