@@ -234,8 +234,8 @@ WalkResult ascend(Context& context, const Start& start, bool keep_linear, double
     at::AutoGradMode on(true);
     Context plain = context.plain();
     Start own = open;
-    if (own.table.defined()) own.table = own.table.is_inference() ? own.table.clone() : own.table.detach();
-    slopes = search_in_chunks(context, plain, own, before.index_select(0, rows).clone(), threshold);
+    for (Tensor* t : {&own.sample, &own.element, &own.table, &own.source}) *t = usable(*t);
+    slopes = search_in_chunks(context, plain, own, usable(before.index_select(0, rows)), threshold);
   }
   if (slopes.tables.empty()) return result;
   const WalkResult found = walk(context, open, false, keep_linear, &slopes);

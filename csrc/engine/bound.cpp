@@ -355,11 +355,12 @@ BoundsResult Context::bound(const std::optional<Spec>& spec) {
   };
   if (ibp) return interval();
   BoundsResult out = walk_output(*this, spec, false, options_.return_linear);
-  if (options_.intersect) {
-    const BoundsResult other = interval();
+  const auto intersect = [&](const BoundsResult& other) {
     if (out.lower.defined()) out.lower = at::maximum(out.lower, other.lower);
     if (out.upper.defined()) out.upper = at::minimum(out.upper, other.upper);
-  }
+  };
+  if (options_.intersect) intersect(interval());
+  if (options_.ascent.intermediate) intersect(by_rule().bound(spec));
   return out;
 }
 

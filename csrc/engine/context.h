@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <memory>
 #include <unordered_map>
 
 #include "engine/program.h"
@@ -144,6 +145,8 @@ class Context {
   const Lines& flattest_lines(int64_t activation);
   Tensor moved_intercept(int64_t activation, const Tensor& slope, const Tensor& intercept, const Tensor& sample,
                          double sign);
+  Context& by_rule();  // the same call without ascent
+  void intersect_with_rule(int64_t i);
   Box custom_step(const Node& node, const Box& in);
   Box reduced(const Node& node, const Box& in);
   void batch_statistics();
@@ -165,6 +168,7 @@ class Context {
   int64_t done_ = 0;
   std::vector<std::array<Tensor, 2>> statistics_;  // of BatchNorms in training: mean, variance
   std::vector<Tensor> centres_;
+  std::unique_ptr<Context> by_rule_;
   std::unordered_map<int64_t, Lines> lines_, relu_lines_, flattest_lines_, centred_lines_;
   std::unordered_map<int64_t, PoolLines> pool_lines_, centred_pool_lines_;
   std::unordered_map<int64_t, std::array<Tensor, 2>> live_;  // columns, starts [B + 1]
@@ -174,6 +178,9 @@ class Context {
 
 // Bounds by linear functions of the input that are propagated forward (linear_forward.cpp).
 BoundsResult forward_bound(Context& context, const std::optional<Spec>& spec);
+
+// Without gradient, and not one of inference mode's, which no gradient may be recorded with.
+Tensor usable(const Tensor& t);
 
 // Double to `dtype`, downward; NaN becomes -inf. With gradient: that of the plain conversion of `plain`.
 Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype);
