@@ -192,6 +192,7 @@ def agreement(built: dict[str, Any], x: Tensor, eps: float, each: str) -> dict[s
     """How far plain pycert's bounds lie outside (first) and inside (second) each library's.
 
     Both are the largest over outputs and samples, relative to the widest output; None where a library failed.
+    ``widths`` are the sums over outputs and samples.
     """
     if each != "bounds" or "pycert_none" not in built:
         return {}
@@ -199,6 +200,7 @@ def agreement(built: dict[str, Any], x: Tensor, eps: float, each: str) -> dict[s
     with torch.no_grad():
         lower, upper = built["pycert_none"].bounds(x, eps)
         scale = (upper - lower).abs().max()
+        widths = {"pycert_none": (upper - lower).sum().item()}
         for name, library in built.items():
             if name == "pycert_none":
                 continue
@@ -207,9 +209,10 @@ def agreement(built: dict[str, Any], x: Tensor, eps: float, each: str) -> dict[s
             except Exception:
                 found[name] = None  # figures() reports the error
                 continue
+            widths[name] = (other_upper - other_lower).sum().item()
             outside = torch.stack([other_lower - lower, upper - other_upper]) / scale
             found[name] = [float(f"{value:.2e}") for value in (outside.max().item(), -outside.min().item())]
-    return {"looser_and_tighter": found}
+    return {"looser_and_tighter": found, "widths": widths}
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -232,7 +235,7 @@ def tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "net", "batch", "method", "forward ms", "training ms",
         "pycert ms", "none ms", "auto_LiRPA ms", "torch_ibp ms",
         "pycert x forward", "auto_LiRPA x forward", "pycert / auto_LiRPA", "pycert / torch_ibp",
-        "none / auto_LiRPA", "none / torch_ibp", "pycert MiB", "auto_LiRPA MiB", "busy",
+        "none / auto_LiRPA", "none / torch_ibp", "width / auto_LiRPA", "pycert MiB", "auto_LiRPA MiB", "busy",
     ]  # fmt: skip
     made = []
     for each, title in titles.items():
@@ -257,6 +260,9 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
     if "auto_LiRPA" in row["seconds"]:
         both = row["seconds"]["auto_LiRPA"]["median"], row["seconds"]["forward"]["median"]
         line["auto_LiRPA x forward"] = both[0] / both[1]
+    widths = row.get("widths", {})
+    if row["method"] == libraries.OPTIMIZED and "auto_LiRPA" in widths:
+        line["width / auto_LiRPA"] = widths["pycert_none"] / widths["auto_LiRPA"]
     return line
 
 

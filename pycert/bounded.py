@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from pycert import _C, _flags, activations
 from pycert.graph import Graph, trace
 from pycert.ops.relaxation import SLOPES
-from pycert.options import METHODS, SIDES, SOUNDNESS, Options, memory_bytes, parse
+from pycert.options import INTERMEDIATES, METHODS, SIDES, SOUNDNESS, Options, memory_bytes, parse
 from pycert.regions import Box, LpBall, Region
 
-#: Numbers of the engine's methods; fastlin is crown with parallel slopes.
-_ENGINE_METHODS = {"ibp": 0, "crown-ibp": 1, "crown": 2, "fastlin": 2, "forward": 3}
+#: Numbers of the engine's methods; fastlin is crown with parallel slopes, alpha-crown the method its
+#: intermediate bounds are of, with an ascent.
+_ENGINE_METHODS = {"ibp": 0, "crown-ibp": 1, "crown": 2, "fastlin": 2, "alpha-crown": 2, "forward": 3}
 
 
 @dataclasses.dataclass
@@ -140,8 +141,8 @@ class BoundedModule(nn.Module):
                 one region an input (``Box(x, x)`` for a constant one).
             method: ``"ibp"`` (intervals), ``"crown-ibp"`` (one back-substitution over interval
                 relaxations), ``"fastlin"`` and ``"crown"`` (back-substitution for every layer; parallel
-                or adaptive slopes), ``"forward"`` (linear functions of the input propagated forward;
-                for few inputs).
+                or adaptive slopes), ``"alpha-crown"`` (crown with lower slopes optimised for these bounds),
+                ``"forward"`` (linear functions of the input propagated forward; for few inputs).
             spec: ``[S, n_out]`` or ``[B, S, n_out]``, rows to bound instead of the outputs.
             return_linear: also return the linear functions of the input behind the bounds.
             side: ``"both"``, ``"lower"`` or ``"upper"``; what is not asked for is not computed.
@@ -150,6 +151,14 @@ class BoundedModule(nn.Module):
             soundness: ``"deployed"``, ``"real"`` or ``"none"``; see docs/soundness.md.
             precision: ``"exact"``.
             memory: budget for the rows of one chunk, as ``"2GiB"``; by default a quarter of what is free.
+            iterations: of ``"alpha-crown"``: gradient steps, by default 20; 0 gives the bounds of crown.
+            learning_rate: of ``"alpha-crown"``: of its first step, by default 0.5; falls by 2 % a step.
+            alpha: of ``"alpha-crown"``: ``"per spec"``, lower slopes of its own for every bound, or
+                ``"shared"``, for all lower and for all upper bounds of a sample.
+            intermediate: of ``"alpha-crown"``: the method of the intermediate bounds, ``"crown"``,
+                ``"crown-ibp"`` (intervals) or ``"alpha-crown"``, which optimises them too.
+            threshold: of ``"alpha-crown"``: a lower bound above it and an upper bound below it are good
+                enough and optimised no further; by default all are.
 
         Returns:
             ``Bounds``, with ``lower`` and ``upper`` of shape ``[B, *out]``, or ``[B, S]`` with a ``spec``,
@@ -160,9 +169,11 @@ class BoundedModule(nn.Module):
             ValueError: unknown names, shapes that do not fit, NaN or infinite weights.
             TypeError: another dtype than the network's.
 
-        Soundness: as ``soundness`` says. Gradient: parameters, centre and eps.
+        Soundness: as ``soundness`` says. Gradient: parameters, centre and eps; optimised slopes count as
+        constants.
         Source: Gowal et al. 2018 (ibp), Wong & Kolter 2018 and Weng et al. 2018 (fastlin), Zhang et al.
-        2018 (crown), Zhang et al. 2020 (crown-ibp); rounding errors as in docs/soundness.md.
+        2018 (crown), Zhang et al. 2020 (crown-ibp), Xu et al. 2021 (alpha-crown); rounding errors as in
+        docs/soundness.md.
         """
         parsed = parse(method, options, ("method", "spec", "return_linear"))
         if return_linear and method == "ibp":
@@ -208,13 +219,15 @@ class BoundedModule(nn.Module):
     ) -> dict[str, Bounds]:
         """Bounds on every pre-activation: what each activation, pool or maximum reads.
 
-        Args, errors, soundness and gradient as in :meth:`bound`.
+        Args, errors, soundness and gradient as in :meth:`bound`; ``"alpha-crown"`` optimises each of
+        them that could still change a relaxation.
 
         Returns:
             Module path of the layer that computes the value -> ``Bounds``, each ``[B, *shape]``, in
             the order of the network.
         """
-        parsed = parse(method, options, ("method",), without=("side",))
+        parsed = parse(method, options, ("method",), without=("side", "intermediate", "threshold"))
+        parsed = dataclasses.replace(parsed, intermediate=method if method in INTERMEDIATES else "crown")
         if method == "forward":
             raise ValueError(
                 "layer_bounds: method 'forward' is not supported; use 'ibp', 'crown-ibp' or 'crown'"
@@ -273,8 +286,10 @@ class BoundedModule(nn.Module):
         key = (method, options, return_linear, training)
         native = self._options.get(key) if method == "ibp" else None
         if native is None:
+            ascent = method == "alpha-crown"
+            relies_on = options.intermediate if ascent else method
             native = _C.Options(
-                method=_ENGINE_METHODS[method],
+                method=_ENGINE_METHODS[relies_on],
                 slope=SLOPES.index("parallel" if method == "fastlin" else options.slope),
                 soundness=SOUNDNESS.index(options.soundness),
                 side=SIDES.index(options.side),
@@ -282,6 +297,11 @@ class BoundedModule(nn.Module):
                 return_linear=return_linear,
                 memory=max(memory, 2**26) if method == "ibp" else memory,
                 training=list(training),
+                iterations=options.iterations if ascent else 0,
+                learning_rate=options.learning_rate,
+                shared=options.alpha == "shared",
+                intermediate=relies_on == "alpha-crown" and options.iterations > 0,
+                threshold=math.inf if options.threshold is None else options.threshold,
             )
             if self._custom:
                 native.set_custom(activations.custom_lines, activations.custom_interval)
@@ -407,7 +427,9 @@ def margins(
         bm: the network; its output has one score a class.
         region: as in :meth:`BoundedModule.bound`, batch ``B``.
         y: ``[B]``, integer class labels.
-        method, options: as in :meth:`BoundedModule.bound`, without ``spec`` and ``side``.
+        method, options: as in :meth:`BoundedModule.bound`, without ``spec`` and ``side``. The
+            ``threshold`` of ``"alpha-crown"`` is 0: margins proved positive are not made larger
+            (``math.inf`` optimises all).
 
     Returns:
         ``[B, n_out - 1]``, ``j`` ascending without ``y``, in the units of the outputs.
@@ -418,6 +440,8 @@ def margins(
     Soundness and gradient: as in ``bound``.
     """
     parsed = dataclasses.replace(parse(method, options, ("method",), without=("side",)), side="lower")
+    if parsed.threshold is None:
+        parsed = dataclasses.replace(parsed, threshold=0.0)
     regions, batch = bm._regions(region)
     rows = bm._class_rows(y, batch, regions[0][0])
     lower = bm._bound(regions, rows, method, parsed).lower

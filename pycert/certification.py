@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pycert import _flags
 from pycert.bounded import BoundedModule, margins
-from pycert.options import parse
+from pycert.options import ASCENT, parse
 from pycert.regions import LpBall
 
 #: Cheaper methods that are tried before each method, for the samples still undecided.
@@ -21,6 +21,7 @@ CASCADES = {
     "crown-ibp": ("ibp", "crown-ibp"),
     "fastlin": ("ibp", "fastlin"),
     "crown": ("ibp", "crown-ibp", "crown"),
+    "alpha-crown": ("ibp", "crown-ibp", "crown", "alpha-crown"),
     "forward": ("ibp", "forward"),
 }
 
@@ -92,13 +93,15 @@ def certify(
         scores = torch.cat([bm.net(part).flatten(1) for part in x.split(batch_size)])
         correct = scores.argmax(1) == y.to(x.device)
         stages = CASCADES[method] if cascade else (method,)
+        common = {name: value for name, value in options.items() if name not in ASCENT}
         open_samples = correct.nonzero().flatten() if cascade else torch.arange(region.batch, device=x.device)
         for stage in stages:
             for part in open_samples.split(batch_size):
                 if part.numel() == 0:
                     continue
                 ball = LpBall(x[part], region.eps[part], p, clip)
-                found = margins(bm, ball, y[part], method=stage, **options).amin(1)
+                taken = options if stage == method else common
+                found = margins(bm, ball, y[part], method=stage, **taken).amin(1)
                 margin[part] = torch.maximum(margin[part], found)
             open_samples = open_samples[~(margin[open_samples] > 0)]
     return CertifyResult(correct & (margin > 0), correct, margin, time.perf_counter() - started, soundness)

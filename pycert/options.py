@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 from pycert.ops.relaxation import SLOPES
 
 #: Methods of :meth:`pycert.BoundedModule.bound`, cheapest first.
-METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "forward")
+METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward")
 SOUNDNESS = ("none", "real", "deployed")
 SIDES = ("both", "lower", "upper")
 PRECISIONS = ("exact",)
+#: Whose intermediate bounds ``"alpha-crown"`` rests on; with its own name they are optimised too.
+INTERMEDIATES = ("crown-ibp", "crown", "alpha-crown")
+ALPHAS = ("per spec", "shared")
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -29,9 +33,16 @@ class Options:
     soundness: str = "deployed"
     precision: str = "exact"
     memory: str | float | None = None
+    iterations: int = 20
+    learning_rate: float = 0.5
+    alpha: str = "per spec"
+    intermediate: str = "crown"
+    threshold: float | None = None
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Options))
+#: Options of ``"alpha-crown"`` alone.
+ASCENT = ("iterations", "learning_rate", "alpha", "intermediate", "threshold")
 
 
 def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -64,6 +75,9 @@ def parse(
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}.{hint}")
+    strangers = [name for name in given if name in ASCENT and method != "alpha-crown"]
+    if strangers:
+        raise ValueError(f"option {strangers[0]!r} is one of method 'alpha-crown', not of {method!r}")
     options = Options(**given)
     _choose("side", options.side, SIDES)
     _choose("slope", options.slope, SLOPES)
@@ -71,7 +85,24 @@ def parse(
     _choose("precision", options.precision, PRECISIONS)
     if not isinstance(options.intersect, bool):
         raise ValueError(f"intersect must be True or False, got {options.intersect!r}")
+    _check_ascent(options)
     return options
+
+
+def _check_ascent(options: Options) -> None:
+    _choose("alpha", options.alpha, ALPHAS)
+    _choose("intermediate", options.intermediate, INTERMEDIATES)
+    iterations, rate, threshold = options.iterations, options.learning_rate, options.threshold
+    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0:
+        raise ValueError(f"iterations must be an integer of at least 0, got {iterations!r}")
+    if not _is_number(rate) or not 0 < rate < math.inf:
+        raise ValueError(f"learning_rate must be a positive finite number, got {rate!r}")
+    if threshold is not None and (not _is_number(threshold) or math.isnan(threshold)):
+        raise ValueError(f"threshold must be a number or None, got {threshold!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def memory_bytes(memory: str | float | None) -> int:

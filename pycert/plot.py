@@ -11,6 +11,7 @@ STYLES = {
     "ibp": ("#E69F00", "o"),
     "crown-ibp": ("#0072B2", "s"),
     "crown": ("#009E73", "^"),
+    "alpha-crown": ("#56B4E9", "P"),
     "fastlin": ("#D55E00", "v"),
     "forward": ("#CC79A7", "D"),
 }

@@ -23,7 +23,7 @@ import pycert
 from pycert import _flags
 from pycert.options import memory_bytes
 
-METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
+METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward", "alpha-crown")
 SHAPE = (1, 5, 4)
 CLASSES = 4
 
@@ -565,7 +565,7 @@ print(bool((lower <= bm(few.x)).all() and (bm(few.x) <= upper).all()))
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(method="crwn"), r"'ibp', 'crown-ibp', 'fastlin', 'crown', 'forward', got 'crwn'; did you mean 'crown'"),
+        (dict(method="crwn"), r"'ibp', 'crown-ibp', 'fastlin', 'crown', 'alpha-crown', 'forward', got 'crwn'; did you mean 'crown'"),
         (dict(method=None), r"method must be one of 'ibp'"),
         (dict(slop="zero"), r"unknown option 'slop'; known are .*memory.*slope.*spec.* Did you mean 'slope'"),
         (dict(slope="steep"), r"slope must be one of 'adaptive', 'parallel', 'zero', 'one', got 'steep'"),

@@ -14,7 +14,7 @@ import pycert
 from exact import ExactNetwork, rational
 from pycert.graph import trace
 
-METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
+METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward", "alpha-crown")
 SMALL = [
     "mlp_relu", "mlp_leaky_relu", "mlp_prelu", "mlp_relu6", "mlp_hardtanh", "mlp_abs", "mlp_sigmoid", "mlp_tanh",
     "conv_plain", "conv_grouped_dilated", "conv_one_dimensional", "conv_transposed", "batch_norm_linear",

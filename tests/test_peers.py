@@ -16,7 +16,7 @@ from torch import nn
 import pycert
 from nets import Apply, box_of, ends_by_ascent, points_in
 
-METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
+METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward", "alpha-crown")
 
 
 def assert_holds(net: nn.Module, where, methods=METHODS) -> None:

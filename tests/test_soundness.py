@@ -18,7 +18,7 @@ import pycert
 from judging import Executor, Judge, deployed_runs
 from pycert.graph import trace
 
-METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
+METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward", "alpha-crown")
 BATCH = 3
 
 

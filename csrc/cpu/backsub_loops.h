@@ -86,15 +86,15 @@ void relax_as(const RelaxArgs<T>& a) {
       const T sign = q >= a.map.negative_from ? T(-1) : T(1);
       const T* rows = a.rows + source_of(a.map, q) * size;
       T* out = a.out + q * size;
-      const int64_t base = a.map.sample[q] * n;
+      const int64_t base = a.map.sample[q] * n, lower_base = a.lower_row == nullptr ? base : a.lower_row[q] * n;
       Sums sums;
       for_runs(
           a.window, a.extent, position_of(a.map, q),
           [&](int64_t offset, int64_t index, int64_t length) PYCERT_INLINED {
-            const int64_t at = base + index;
-            const RelaxPointers<T> p{a.lower_slope + at,
+            const int64_t at = base + index, lower_at = lower_base + index;
+            const RelaxPointers<T> p{a.lower_slope + lower_at,
                                      a.upper_slope + at,
-                                     kLowerIntercept ? a.lower_intercept + at : nullptr,
+                                     kLowerIntercept ? a.lower_intercept + lower_at : nullptr,
                                      a.upper_intercept + at,
                                      kBias ? a.bias + index : nullptr,
                                      kSound ? a.charge + at : nullptr};
@@ -284,46 +284,83 @@ void interleave(const InterleaveArgs<T>& a) {
 }
 
 // ---- gradients ---------------------------------------------------------------------------------------------------
-// Rows of one sample add to the same slope gradients: a thread owns whole samples.
+// Rows of one group add to the same gradients: a thread owns whole groups.
 
 template <typename T>
-inline void relax_backward_run(const RelaxBackwardArgs<T>& a, const T* rows, const T* grad_out, T grad_constant,
-                               T* grad_rows, int64_t at, int64_t n) {
-  const bool has_lower = a.lower_intercept != nullptr;
+inline void relax_backward_run(const RelaxBackwardArgs<T>& a, const T* rows, T sign, const T* grad_out, T grad_constant,
+                               T* grad_rows, int64_t lower_at, int64_t at, int64_t index, int64_t n) {
+  const bool has_lower = a.lower_intercept != nullptr, has_bias = a.bias != nullptr;
   for_lanes(n, [&](const auto& memory, int64_t k) PYCERT_INLINED {
     const auto add = [&](T* to, const Lanes<T>& more)
-                         PYCERT_INLINED { memory.store(to + at + k, memory.load(to + at + k) + more); };
-    const Lanes<T> row = memory.load(rows + k), grad = memory.load(grad_out + k), zero{};
+                         PYCERT_INLINED { memory.store(to + k, memory.load(to + k) + more); };
+    const Lanes<T> row = sign * memory.load(rows + k), zero{};
+    Lanes<T> grad = memory.load(grad_out + k);
+    if (has_bias) grad += grad_constant * memory.load(a.bias + index + k);
     const auto positive = row >= zero;
-    const Lanes<T> low = memory.load(a.lower_slope + at + k), high = memory.load(a.upper_slope + at + k);
-    const Lanes<T> high_at = memory.load(a.upper_intercept + at + k);
-    const Lanes<T> low_at = has_lower ? memory.load(a.lower_intercept + at + k) : zero;
-    memory.store(grad_rows + k, grad * (positive ? low : high) + grad_constant * (positive ? low_at : high_at));
+    if (grad_rows != nullptr) {
+      const Lanes<T> low = memory.load(a.lower_slope + lower_at + k), high = memory.load(a.upper_slope + at + k);
+      const Lanes<T> high_at = memory.load(a.upper_intercept + at + k);
+      const Lanes<T> low_at = has_lower ? memory.load(a.lower_intercept + lower_at + k) : zero;
+      memory.store(grad_rows + k, grad * (positive ? low : high) + grad_constant * (positive ? low_at : high_at));
+    }
     const Lanes<T> slope = row * grad, intercept = row * grad_constant;
-    add(a.grad_lower_slope, positive ? slope : zero);
-    add(a.grad_upper_slope, positive ? zero : slope);
-    add(a.grad_upper_intercept, positive ? zero : intercept);
-    if (has_lower) add(a.grad_lower_intercept, positive ? intercept : zero);
+    if (a.grad_lower_slope != nullptr) add(a.grad_lower_slope + lower_at, positive ? slope : zero);
+    if (a.grad_lower_intercept != nullptr) add(a.grad_lower_intercept + lower_at, positive ? intercept : zero);
+    if (a.grad_upper_slope != nullptr) {
+      add(a.grad_upper_slope + at, positive ? zero : slope);
+      add(a.grad_upper_intercept + at, positive ? zero : intercept);
+    }
   });
 }
 
 template <typename T>
 void relax_backward(const RelaxBackwardArgs<T>& a) {
   const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
-  at::parallel_for(0, a.batch, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, a.groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = a.starts[begin]; i < a.starts[end]; ++i) {
-      const int64_t q = a.order[i], base = a.map.sample[q] * n;
-      const T* rows = a.rows + q * size;
+      const int64_t q = a.order[i], base = a.map.sample[q] * n,
+                    lower_base = a.lower_row == nullptr ? base : a.lower_row[q] * n;
+      const T sign = q >= a.map.negative_from ? T(-1) : T(1);
+      const T* rows = a.rows + source_of(a.map, q) * size;
       const T* grad_out = a.grad_out + q * size;
       const T grad_constant = T(a.grad_constant[q]);
-      T* grad_rows = a.grad_rows + q * size;
+      T* grad_rows = a.grad_rows == nullptr ? nullptr : a.grad_rows + q * size;
       for_runs(
           a.window, a.extent, position_of(a.map, q),
           [&](int64_t offset, int64_t index, int64_t length) PYCERT_INLINED {
-            relax_backward_run(a, rows + offset, grad_out + offset, grad_constant, grad_rows + offset, base + index,
-                               length);
+            relax_backward_run(a, rows + offset, sign, grad_out + offset, grad_constant,
+                               grad_rows == nullptr ? nullptr : grad_rows + offset, lower_base + index, base + index,
+                               index, length);
           },
-          [&](int64_t offset, int64_t length) { std::fill(grad_rows + offset, grad_rows + offset + length, T(0)); });
+          [&](int64_t offset, int64_t length) {
+            if (grad_rows != nullptr) std::fill(grad_rows + offset, grad_rows + offset + length, T(0));
+          });
+    }
+  });
+}
+
+// All elements of a group at once; those whose slope is fixed have lowest = highest.
+template <typename T>
+void ascend(const AscendArgs<T>& a) {
+  const Lanes<T> epsilon = a.epsilon - Lanes<T>{};
+  at::parallel_for(0, a.groups, grain(4 * a.n), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      T *slope = a.slope + g * a.n, *first = a.first + g * a.n, *second = a.second + g * a.n;
+      T* best = a.improved[g] ? a.best + a.best_row[g] * a.n : nullptr;
+      const T *grad = a.grad + g * a.n, *lowest = a.lowest + a.sample[g] * a.n,
+              *highest = a.highest + a.sample[g] * a.n;
+      for_lanes(a.n, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+        const Lanes<T> at = memory.load(slope + k), up = memory.load(grad + k);
+        if (best != nullptr) memory.store(best + k, at);
+        const Lanes<T> m = a.first_decay * memory.load(first + k) + (T(1) - a.first_decay) * up;
+        const Lanes<T> v = a.second_decay * memory.load(second + k) + (T(1) - a.second_decay) * up * up;
+        memory.store(first + k, m);
+        memory.store(second + k, v);
+        const Lanes<T> next = at + a.rate * m / (root(v) * a.second_correction + epsilon);
+        const Lanes<T> low = memory.load(lowest + k), high = memory.load(highest + k);
+        const Lanes<T> capped = next < high ? next : high;  // NaN, of a gradient that overflowed: the highest
+        memory.store(slope + k, capped < low ? low : capped);
+      });
     }
   });
 }
@@ -350,6 +387,7 @@ inline void box_backward_run(const ConcretizeBackwardArgs<T>& a, const T* rows, 
     const auto positive = row >= zero;
     const Lanes<T> lower = memory.load(a.lower + at + k), upper = memory.load(a.upper + at + k);
     memory.store(grad_rows + k, grad * least_end(row, lower, upper));
+    if (a.grad_lower == nullptr) return;
     add(a.grad_lower, positive ? grad * row : zero);
     add(a.grad_upper, positive ? zero : grad * row);
   });
@@ -358,7 +396,7 @@ inline void box_backward_run(const ConcretizeBackwardArgs<T>& a, const T* rows, 
 template <typename T>
 void concretize_backward(const ConcretizeBackwardArgs<T>& a) {
   const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
-  at::parallel_for(0, a.batch, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, a.groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = a.starts[begin]; i < a.starts[end]; ++i) {
       const int64_t q = a.order[i], sample = a.map.sample[q], base = sample * n;
       const T* rows = a.rows + q * size;
@@ -366,7 +404,7 @@ void concretize_backward(const ConcretizeBackwardArgs<T>& a) {
       const T grad = T(a.grad_value[q]);
       const double norm = a.norm == 0 ? 0 : dual_norm_of_row(a, q);
       const T eps = a.norm == 0 ? T(0) : a.eps[sample];
-      if (a.norm != 0) a.grad_eps[sample] -= a.grad_value[q] * norm;
+      if (a.grad_eps != nullptr) a.grad_eps[sample] -= a.grad_value[q] * norm;
       bool first = true;  // p = 1: the subgradient of max |a| at its first maximiser
       for_runs(
           a.window, a.extent, position_of(a.map, q),
@@ -378,7 +416,7 @@ void concretize_backward(const ConcretizeBackwardArgs<T>& a) {
             for (int64_t k = 0; k < length; ++k) {
               const int64_t o = offset + k, at = base + index + k;
               const T row = rows[o];
-              a.grad_centre[at] += grad * row;
+              if (a.grad_centre != nullptr) a.grad_centre[at] += grad * row;
               T slope = 0;
               if (a.norm == 2) {
                 slope = norm > 0 ? T(row / norm) : T(0);

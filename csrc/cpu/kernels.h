@@ -179,8 +179,9 @@ struct RelaxArgs {
   RowMap map;
   Window window;
   Extent extent;
-  const T *lower_slope, *upper_slope;          // [B, n]
+  const T *lower_slope, *upper_slope;          // [B, n]; with lower_row the lower line's are [G, n]
   const T *lower_intercept, *upper_intercept;  // [B, n]; the lower may be null (0)
+  const int64_t* lower_row;                    // [Q] row of the lower line's tables, or null: the sample
   const T* bias;                               // [n] or null: of the affine node that feeds the activation
   const T* charge;                             // [B, n] or null
   double *constant, *magnitude, *error;        // [Q], added to; the last two null where not sound
@@ -223,7 +224,8 @@ struct RelayoutArgs {
   bool accumulate;
 };
 
-// Gradients of the relaxation step; rows are owned (no source), sorted by sample within each of two halves.
+// Gradients of the relaxation step. Rows of one group add to the same gradients: groups are samples, or the rows of
+// the lower line's tables where only their gradients are wanted.
 template <typename T>
 struct RelaxBackwardArgs {
   const T* rows;
@@ -232,12 +234,29 @@ struct RelaxBackwardArgs {
   RowMap map;
   Window window;
   Extent extent;
-  int64_t batch;
-  const int64_t* order;   // [Q]: rows sorted by sample
-  const int64_t* starts;  // [B + 1] into order
+  int64_t groups;
+  const int64_t* order;   // [Q]: rows sorted by group
+  const int64_t* starts;  // [groups + 1] into order
   const T *lower_slope, *upper_slope, *lower_intercept, *upper_intercept;
-  T* grad_rows;                                                                          // [Q, window]
-  T *grad_lower_slope, *grad_upper_slope, *grad_lower_intercept, *grad_upper_intercept;  // [B, n], added to
+  const int64_t* lower_row;                    // as in RelaxArgs
+  const T* bias;                               // [n] or null
+  T* grad_rows;                                // [Q, window], or null; then rows may have a source
+  T *grad_lower_slope, *grad_lower_intercept;  // as the lower line's tables, added to; null where not wanted
+  T *grad_upper_slope, *grad_upper_intercept;  // [B, n], added to; null where not wanted
+};
+
+// One step of projected Adam (Kingma & Ba 2015, Algorithm 1) that ascends the bounds of rows by their lower slopes.
+template <typename T>
+struct AscendArgs {
+  int64_t groups, n;
+  T *slope, *first, *second;  // [G, n]: slopes and moments of their gradients
+  T* best;                    // [all groups, n]: slopes kept where `improved`, before the step
+  const T* grad;              // [G, n]
+  const T *lowest, *highest;  // [B, n]
+  const int64_t* sample;      // [G] row of lowest, highest
+  const int64_t* best_row;    // [G] row of best
+  const bool* improved;       // [G]
+  T rate, first_decay, second_decay, second_correction, epsilon;
 };
 
 template <typename T>
@@ -247,13 +266,13 @@ struct ConcretizeBackwardArgs {
   RowMap map;
   Window window;
   Extent extent;
-  int64_t batch;
+  int64_t groups;  // samples; or rows, where no gradient of the region is wanted
   const int64_t* order;
   const int64_t* starts;
   const T *lower, *upper, *centre, *eps;
   int norm;
   T* grad_rows;
-  T *grad_lower, *grad_upper, *grad_centre;  // [B, n], added to
+  T *grad_lower, *grad_upper, *grad_centre;  // [B, n], added to; null where not wanted
   double* grad_eps;                          // [B], added to
 };
 
@@ -286,6 +305,7 @@ struct Kernels {
   void (*relax_backward)(const RelaxBackwardArgs<T>&);
   void (*concretize_backward)(const ConcretizeBackwardArgs<T>&);
   void (*relayout_backward)(const RelayoutBackwardArgs<T>&);
+  void (*ascend)(const AscendArgs<T>&);
 };
 
 // The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.

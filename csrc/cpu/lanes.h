@@ -28,6 +28,19 @@ PYCERT_INLINE V magnitude_of(const V& v) {
   return v < V{} ? -v : v;
 }
 
+#if PYCERT_LANES == 8
+PYCERT_INLINE Lanes<float> root(const Lanes<float>& v) { return (Lanes<float>)_mm256_sqrt_ps((__m256)v); }
+PYCERT_INLINE Doubles root(const Doubles& v) { return (Doubles)_mm512_sqrt_pd((__m512d)v); }
+#elif PYCERT_LANES == 4
+PYCERT_INLINE Lanes<float> root(const Lanes<float>& v) { return (Lanes<float>)_mm_sqrt_ps((__m128)v); }
+PYCERT_INLINE Doubles root(const Doubles& v) { return (Doubles)_mm256_sqrt_pd((__m256d)v); }
+#elif PYCERT_LANES == 2
+template <typename V>
+PYCERT_INLINE V root(const V& v) {
+  return V{std::sqrt(v[0]), std::sqrt(v[1])};
+}
+#endif
+
 PYCERT_INLINE double total(const Doubles& strands) {
   double sum = 0;
   for (int j = 0; j < kStrands; ++j) sum += strands[j];

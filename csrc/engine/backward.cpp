@@ -69,22 +69,23 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
 
 // rows_product with gradient; without it autocast would form the gradients in half precision.
 struct ProductFunction : torch::autograd::Function<ProductFunction> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& a, const Tensor& b) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& a, const Tensor& b,
+                        const LiveColumns& live) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({a, b});
-    return rows_product(a, b);
+    ctx->save_for_backward({b.requires_grad() ? a : Tensor(), b});
+    return rows_product(a, b, live);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     PrecisionGuard guard;
     const auto s = ctx->get_saved_variables();
     return {ctx->needs_input_grad(0) ? grads[0].mm(s[1].t()) : Tensor(),
-            ctx->needs_input_grad(1) ? s[0].t().mm(grads[0]) : Tensor()};
+            ctx->needs_input_grad(1) ? s[0].t().mm(grads[0]) : Tensor(), Tensor()};
   }
 };
 
 Tensor product(const Tensor& a, const Tensor& b, const LiveColumns& live) {
-  if (any_needs_grad(a, b)) return ProductFunction::apply(a, b);
+  if (any_needs_grad(a, b)) return ProductFunction::apply(a, b, live);
   at::AutoDispatchBelowADInplaceOrView below;
   return rows_product(a, b, live);
 }
@@ -170,12 +171,13 @@ Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype
   return Replace::apply(plain.to(dtype), low);
 }
 
-Walk::Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep_linear)
+Walk::Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep_linear, const Slopes* slopes)
     : context_(context),
       index_(std::move(index)),
       stop_at_activations_(stop_at_activations),
       keep_linear_(keep_linear),
       centred_(context.centred() && !stop_at_activations && !keep_linear),
+      slopes_(slopes),
       pending_(context.program().nodes().size()),
       linear_(size_t(context.program().input_count())) {
   const auto options = context.tensor_options().dtype(at::kDouble);
@@ -299,10 +301,10 @@ void Walk::step(int64_t i, Rows rows) {
       if (node.op == Op::Min2) difference.data = -difference.data;
       give(node.op == Op::Max2 ? node.inputs[1] : node.inputs[0], std::move(rows));
       const Lines& lines = centred_ ? context_.centred_lines(i) : context_.relu_lines(node.inputs[2]);
-      return relax(node.inputs[2], lines, std::move(difference));
+      return relax(i, node.inputs[2], lines, std::move(difference));
     }
     default:
-      return relax(node.inputs[0], centred_ ? context_.centred_lines(i) : context_.lines(i),
+      return relax(i, node.inputs[0], centred_ ? context_.centred_lines(i) : context_.lines(i),
                    written(i, std::move(rows)));
   }
 }
@@ -466,18 +468,31 @@ void Walk::underflow(int64_t i, double terms) {
 
 // ---- steps -------------------------------------------------------------------------------------------------------
 
-void Walk::relax(int64_t input, const Lines& lines, Rows rows) {
+void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
   const Node& node = context_.program().node(input);
-  const bool grad =
-      any_needs_grad(rows.data, lines.lower_slope, lines.lower_intercept, lines.upper_slope, lines.upper_intercept);
-  if (grad) rows = own(input, std::move(rows));
+  if (any_needs_grad(rows.data)) rows = own(input, std::move(rows));
   // The affine node that feeds the activation alone is charged in the same pass over the rows.
   const bool fuse = (node.op == Op::Linear || node.op == Op::Conv) && node.consumers.size() == 1 && !stops(input) &&
-                    !(grad || any_needs_grad(context_.bias(node)));
+                    !any_needs_grad(context_.bias(node));
   const Tensor bias = fuse ? bias_of(input) : Tensor();
-  const Tensor charge = context_.relax_charge(input, fuse, centred_);
-  auto [out, sums] = relax_rows(rows.data, rows.source, index_, rows.window, node.extent(), lines.lower_slope,
-                                lines.lower_intercept, lines.upper_slope, lines.upper_intercept, bias, charge);
+  Tensor charge = context_.relax_charge(input, fuse, centred_), lower_row;
+  RowIndex index = index_;
+  if (slopes_ != nullptr && slopes_->tables.count(activation) > 0) {
+    lines.lower_slope = slopes_->tables.at(activation);
+    lines.lower_intercept = context_.free_intercept(activation, lines.lower_slope, slopes_->sample, centred_);
+    lower_row = slopes_->row;
+    if (any_needs_grad(lines.upper_slope, lines.upper_intercept)) {  // all tables by the same row
+      const auto spread_out = [&](const Tensor& t) { return t.index_select(0, slopes_->sample); };
+      lines.upper_slope = spread_out(lines.upper_slope);
+      lines.upper_intercept = spread_out(lines.upper_intercept);
+      if (charge.defined()) charge = spread_out(charge);
+      index.sample = lower_row;
+      lower_row = Tensor();
+    }
+  }
+  auto [out, sums] =
+      relax_rows(rows.data, rows.source, index, rows.window, node.extent(), lines.lower_slope, lines.lower_intercept,
+                 lines.upper_slope, lines.upper_intercept, bias, charge, lower_row);
   sums_ = sums_ + sums;
   terms_ += 2.0 * double(node.numel);
   underflow(input, 1);

@@ -20,6 +20,24 @@ struct Rows {
   bool unit() const { return !data.defined(); }
 };
 
+// The rows of a walk where it starts: unit rows, or rows of a table.
+struct Start {
+  int64_t node = 0;
+  Tensor sample;                      // [Q]
+  Tensor element;                     // unit rows: [Q]
+  Tensor table, source;               // table[source[q]]; source undefined: q
+  int64_t negative_from = INT64_MAX;  // rows from here on are negated
+  int64_t count() const { return sample.size(0); }
+  Start select(const Tensor& kept) const;  // ascending rows of them
+};
+
+// Lower slopes that rows bring along, instead of the samples' own.
+struct Slopes {
+  Tensor row;                                  // [Q] int64: which row of the tables a row has
+  Tensor sample;                               // [G] int64: whose rows may have a row of the tables
+  std::unordered_map<int64_t, Tensor> tables;  // of activations: [G, n], within slope_range
+};
+
 // What a walk gives for its rows.
 struct WalkResult {
   Tensor lower;           // [Q] lower bounds, outward
@@ -30,7 +48,7 @@ struct WalkResult {
 class Walk {
  public:
   // stop_at_activations: concretise with the boxes of the first values that are not affine in earlier ones.
-  Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep_linear);
+  Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep_linear, const Slopes* slopes = nullptr);
   WalkResult run(int64_t start, Rows rows);
 
  private:
@@ -46,7 +64,7 @@ class Walk {
   Tensor size_of(int64_t i);  // [B, n]: what coefficients of node i multiply at most
   Tensor bias_of(int64_t i) const;
   void start_constant(int64_t start, const Rows& rows);
-  void relax(int64_t input, const Lines& lines, Rows rows);  // through an activation of value `input`
+  void relax(int64_t activation, int64_t input, Lines lines, Rows rows);  // through an activation of value `input`
   void linear(int64_t i, Rows rows);
   LiveColumns live_columns(int64_t value);
   void conv(int64_t i, Rows rows);
@@ -63,6 +81,7 @@ class Walk {
   RowIndex index_;
   bool stop_at_activations_, keep_linear_;
   bool centred_;  // rows act on value - centre
+  const Slopes* slopes_;
   std::vector<std::vector<Rows>> pending_;
   Tensor sums_;   // [3, Q] double: constant, magnitude, error
   Tensor value_;  // [Q] double: concretised terms
@@ -76,6 +95,15 @@ class Walk {
   std::vector<Tensor> linear_;
 };
 
+// One walk from `start`.
+WalkResult walk(Context& context, const Start& start, bool stop_at_activations, bool keep_linear,
+                const Slopes* slopes = nullptr);
+
+// The same with the best of the lower slopes that `options.ascent` finds, never below the walk with those of the rule;
+// rows beyond `threshold` are left as they are.
+WalkResult ascend(Context& context, const Start& start, bool keep_linear, double threshold);
+double ascent_bytes(const Context& context, int64_t start);  // per row
+
 // A convolution with gradient, by the algorithms of direct_conv2d.
 Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g);
 
@@ -87,5 +115,11 @@ struct RowCost {
   double bytes = 0, flops = 0;
 };
 RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool stop_at_activations);
+
+// Calls f(begin, end) over [0, count) in chunks; halves the chunk when memory runs out.
+void in_chunks(Context& context, int64_t count, int64_t chunk, const std::function<void(int64_t, int64_t)>& f);
+
+// Rows of a chunk, for a budget and a size that is preferred, both in bytes.
+int64_t chunk_rows(double bytes_per_row, int64_t memory, int64_t preferred);
 
 }  // namespace pycert::engine

@@ -19,9 +19,18 @@ namespace {
 // is 1.4 times faster than one of 170).
 constexpr int64_t kChunkBytes = int64_t(14) << 20;
 
-// Calls f(begin, end) over [0, count) in chunks; halves the chunk when memory runs out.
-template <typename F>
-void in_chunks(Context& context, int64_t count, int64_t chunk, const F& f) {
+Tensor twice(const Tensor& t, bool both) { return both ? at::cat({t, t}) : t; }
+
+// Rows of one chunk, for one or both sides; a chunk's upper rows are its lower rows negated.
+struct Sides {
+  bool both = true, negated = false;
+  int64_t negative_from(int64_t rows) const { return both ? rows : negated ? 0 : INT64_MAX; }
+  int64_t copies() const { return both ? 2 : 1; }
+};
+
+}  // namespace
+
+void in_chunks(Context& context, int64_t count, int64_t chunk, const std::function<void(int64_t, int64_t)>& f) {
   chunk = std::max<int64_t>(1, std::min(chunk, count));
   for (int64_t begin = 0; begin < count;) {
     const int64_t end = std::min(count, begin + chunk);
@@ -45,33 +54,41 @@ void in_chunks(Context& context, int64_t count, int64_t chunk, const F& f) {
   }
 }
 
-// Rows of a chunk: what the cache likes, at least 32 (weights are read anew for every chunk), within the budget.
 int64_t chunk_rows(double bytes_per_row, int64_t memory, int64_t preferred) {
   const double liked = std::max(32.0, double(preferred) / bytes_per_row);
   return int64_t(std::min(liked, double(memory) / bytes_per_row));
 }
 
-Tensor twice(const Tensor& t, bool both) { return both ? at::cat({t, t}) : t; }
-
-// Rows of one chunk, for one or both sides; a chunk's upper rows are its lower rows negated.
-struct Sides {
-  bool both = true, negated = false;
-  int64_t negative_from(int64_t rows) const { return both ? rows : negated ? 0 : INT64_MAX; }
-  int64_t copies() const { return both ? 2 : 1; }
-};
-
-RowIndex row_index(const Node& node, const Tensor& sample, const Tensor& element, bool both) {
-  RowIndex index;
-  index.sample = twice(sample, both);
-  if (node.image() && element.defined()) {
-    const int64_t width = node.shape[2], pixels = node.shape[1] * width;
-    const Tensor pixel = element.remainder(pixels);
-    index.position = twice(at::stack({pixel.floor_divide(width), pixel.remainder(width)}, 1), both);
+Start Start::select(const Tensor& kept) const {
+  Start out;
+  out.node = node;
+  out.sample = sample.index_select(0, kept);
+  if (negative_from < count()) out.negative_from = kept.lt(negative_from).sum().item<int64_t>();
+  if (element.defined()) {
+    out.element = element.index_select(0, kept);
+  } else {
+    out.table = table;
+    out.source = source.defined() ? source.index_select(0, kept) : kept;
   }
-  return index;
+  return out;
 }
 
-}  // namespace
+WalkResult walk(Context& context, const Start& start, bool stop_at_activations, bool keep_linear,
+                const Slopes* slopes) {
+  const Node& node = context.program().node(start.node);
+  RowIndex index;
+  index.sample = start.sample;
+  if (node.image() && start.element.defined()) {
+    const int64_t width = node.shape[2], pixels = node.shape[1] * width;
+    const Tensor pixel = start.element.remainder(pixels);
+    index.position = at::stack({pixel.floor_divide(width), pixel.remainder(width)}, 1);
+  }
+  Rows rows;
+  rows.element = start.element;
+  rows.data = start.table;
+  rows.source = {start.source, start.negative_from};
+  return Walk(context, std::move(index), stop_at_activations, keep_linear, slopes).run(start.node, std::move(rows));
+}
 
 RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool stop_at_activations) {
   const Program& program = context.program();
@@ -183,6 +200,22 @@ RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool sto
   return cost;
 }
 
+namespace {
+
+// Whether every relaxation that reads the value is exact once its sign is known.
+bool only_sign_matters(const Program& program, int64_t i) {
+  for (int64_t c : program.node(i).consumers) {
+    const Node& consumer = program.node(c);
+    if (consumer.op == Op::MaxPool || consumer.op == Op::Clamp) return false;
+    const bool kinked =
+        consumer.op == Op::Relu || consumer.op == Op::Abs || consumer.op == Op::LeakyRelu || consumer.op == Op::PRelu;
+    if (is_activation(consumer.op) && !kinked) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
 void Context::refine(int64_t i, bool all) {
   const Node& node = program_.node(i);
   const auto& [old_lower, old_upper] = box(i);
@@ -198,15 +231,14 @@ void Context::refine(int64_t i, bool all) {
   }
   if (sample.size(0) == 0) return;
   const RowCost cost = row_cost(*this, i, true, false);
+  const double threshold = only_sign_matters(program_, i) ? 0 : std::numeric_limits<double>::infinity();
   std::vector<Tensor> lowers, uppers;
   in_chunks(*this, sample.size(0), chunk_rows(2 * cost.bytes, options_.memory, kChunkBytes),
             [&](int64_t begin, int64_t end) {
               const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
-              Walk walk(*this, row_index(node, s, e, true), false, false);
-              Rows rows;
-              rows.element = twice(e, true);
-              rows.source.negative_from = end - begin;
-              const Tensor values = walk.run(i, std::move(rows)).lower;
+              const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin};
+              const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
+                                                                 : walk(*this, start, false, false).lower;
               lowers.push_back(values.narrow(0, 0, end - begin));
               uppers.push_back(-values.narrow(0, end - begin, end - begin));
             });
@@ -245,22 +277,23 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
   in_chunks(context, total, chunk, [&](int64_t begin, int64_t end) {
     const int64_t rows_here = end - begin;
     const Tensor row = at::arange(begin, end, at::kLong);
-    const Tensor sample = row.floor_divide(count);
-    Rows rows;
-    rows.source.negative_from = sides.negative_from(rows_here);
-    Tensor element;
+    Start start;
+    start.node = output;
+    start.sample = twice(row.floor_divide(count), sides.both);
+    start.negative_from = sides.negative_from(rows_here);
     if (!spec.has_value()) {
-      element = row.remainder(count);
-      rows.element = twice(element, sides.both);
+      start.element = twice(row.remainder(count), sides.both);
     } else if (spec->source.defined()) {
-      rows.data = spec->rows;
-      rows.source.source = twice(spec->source.narrow(0, begin, rows_here), sides.both);
+      start.table = spec->rows;
+      start.source = twice(spec->source.narrow(0, begin, rows_here), sides.both);
     } else {
-      rows.data = spec->rows.narrow(0, begin, rows_here);
-      if (sides.both) rows.source.source = twice(at::arange(rows_here, at::kLong), true);
+      start.table = spec->rows.narrow(0, begin, rows_here);
+      if (sides.both) start.source = twice(at::arange(rows_here, at::kLong), true);
     }
-    Walk walk(context, row_index(node, sample, element, sides.both), stop_at_activations, keep_linear);
-    WalkResult result = walk.run(output, std::move(rows));
+    const Ascent& ascent = context.options().ascent;
+    const WalkResult result = ascent.iterations > 0 && !stop_at_activations
+                                  ? ascend(context, start, keep_linear, ascent.threshold)
+                                  : walk(context, start, stop_at_activations, keep_linear);
     const auto take = [&](const Tensor& t, bool upper) {
       if (!t.defined()) return t;
       const Tensor part = sides.both ? t.narrow(0, upper ? rows_here : 0, rows_here) : t;
@@ -323,11 +356,12 @@ BoundsResult Context::bound(const std::optional<Spec>& spec) {
   };
   if (ibp) return interval();
   BoundsResult out = walk_output(*this, spec, false, options_.return_linear);
-  if (options_.intersect) {
-    const BoundsResult other = interval();
+  const auto intersect = [&](const BoundsResult& other) {
     if (out.lower.defined()) out.lower = at::maximum(out.lower, other.lower);
     if (out.upper.defined()) out.upper = at::minimum(out.upper, other.upper);
-  }
+  };
+  if (options_.intersect) intersect(interval());
+  if (options_.ascent.intermediate) intersect(by_rule().bound(spec));
   return out;
 }
 
@@ -368,8 +402,11 @@ std::pair<double, double> Context::estimate(const std::optional<Spec>& spec) {
   }
   const auto walk = [&](int64_t start, double rows, bool unit, int64_t copies, bool stop, int64_t preferred) {
     const RowCost cost = row_cost(*this, start, unit, stop);
-    flops += rows * double(copies) * cost.flops;
-    const double row = double(copies) * cost.bytes;
+    const bool found = asked.ascent.iterations > 0 && !stop &&
+                       (start == program_.output() || asked.ascent.intermediate);  // by ascent: forth and back
+    const double times = found ? 3 + 2 * double(asked.ascent.iterations) : 1;
+    flops += rows * double(copies) * cost.flops * times;
+    const double row = double(copies) * (found ? ascent_bytes(*this, start) : cost.bytes);
     chunk_bytes = std::max(chunk_bytes, row * std::min(rows, double(chunk_rows(row, options_.memory, preferred))));
   };
   if (options_.method == Method::Crown)

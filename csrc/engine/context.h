@@ -1,6 +1,8 @@
 // One call: the program, the parameters, the region, the options, and what has been computed so far.
 #pragma once
 
+#include <limits>
+#include <memory>
 #include <unordered_map>
 
 #include "engine/program.h"
@@ -18,6 +20,15 @@ using CustomLines = std::function<std::array<Tensor, 4>(const std::string&, cons
 using CustomInterval =
     std::function<std::array<Tensor, 2>(const std::string&, const Tensor&, const Tensor&, bool deployed)>;
 
+// Lower slopes found by ascent (alpha-CROWN); 0 iterations: those of the rule `slope`.
+struct Ascent {
+  int64_t iterations = 0;
+  double rate = 0.5;          // of the first step
+  bool shared = false;        // one set of slopes for all rows of a sample and side, instead of one a row
+  bool intermediate = false;  // also for intermediate bounds, each start node its own
+  double threshold = std::numeric_limits<double>::infinity();  // bounds of the output are good enough beyond it
+};
+
 struct Options {
   Method method = Method::Ibp;
   int64_t slope = 0;  // pycert::Slope
@@ -27,6 +38,7 @@ struct Options {
   bool return_linear = false;
   int64_t memory = int64_t(1) << 30;  // bytes for the rows of one chunk
   std::vector<bool> training;         // of every BatchNorm
+  Ascent ascent;
   std::function<void()> interrupt = [] {};
   CustomLines custom_lines;
   CustomInterval custom_interval;
@@ -43,6 +55,11 @@ struct InputRegion {
 struct Lines {
   Tensor lower_slope, lower_intercept, upper_slope, upper_intercept;  // [B, n]; lower_intercept undefined: 0
   bool zero_where_flat = false;  // of a ReLU: a dead neuron has no slope and no intercept
+};
+
+// Lower slopes that hold for an activation, and the rule's; each [B, n]. A fixed slope has lowest = highest.
+struct SlopeRange {
+  Tensor start, lowest, highest;
 };
 
 // Least lines of max-pooling: one coefficient for the lower bound, K for the upper, per output.
@@ -103,6 +120,10 @@ class Context {
   LiveColumns live_columns(int64_t value, const Tensor& segments, const std::vector<int64_t>& samples, double share);
   const Lines& centred_lines(int64_t activation);  // with intercepts for value - centre; max2, min2: of their relu
   const PoolLines& centred_pool_lines(int64_t pool);
+  bool has_free_slope(int64_t activation) const;  // every lower line through the kink at 0 holds
+  SlopeRange slope_range(int64_t activation);
+  // Intercepts of lower lines with slopes [G, n] within their range, row g for sample[g]; undefined: 0.
+  Tensor free_intercept(int64_t activation, const Tensor& slopes, const Tensor& sample, bool centred);
 
   // charges.cpp
   Tensor absolute(int64_t i);              // [B, n]: largest |value|
@@ -110,6 +131,8 @@ class Context {
   Tensor radius(int64_t i);                // [B, n]: largest |value - centre|
   Tensor charge(int64_t i, bool centred);  // [B, n]: error of a back-substitution step through affine node i
   Tensor relax_charge(int64_t i, bool with_node, bool centred);
+
+  Context plain() const;  // the same boxes in plain arithmetic, without gradients
 
   const Program& program() const { return program_; }
   const Options& options() const { return options_; }
@@ -119,6 +142,11 @@ class Context {
   at::ScalarType dtype() const { return dtype_; }
 
  private:
+  const Lines& flattest_lines(int64_t activation);
+  Tensor moved_intercept(int64_t activation, const Tensor& slope, const Tensor& intercept, const Tensor& sample,
+                         double sign);
+  Context& by_rule();  // the same call without ascent
+  void intersect_with_rule(int64_t i);
   Box custom_step(const Node& node, const Box& in);
   Box reduced(const Node& node, const Box& in);
   void batch_statistics();
@@ -140,7 +168,8 @@ class Context {
   int64_t done_ = 0;
   std::vector<std::array<Tensor, 2>> statistics_;  // of BatchNorms in training: mean, variance
   std::vector<Tensor> centres_;
-  std::unordered_map<int64_t, Lines> lines_, relu_lines_, centred_lines_;
+  std::unique_ptr<Context> by_rule_;
+  std::unordered_map<int64_t, Lines> lines_, relu_lines_, flattest_lines_, centred_lines_;
   std::unordered_map<int64_t, PoolLines> pool_lines_, centred_pool_lines_;
   std::unordered_map<int64_t, std::array<Tensor, 2>> live_;  // columns, starts [B + 1]
   std::unordered_map<int64_t, Magnitudes> sizes_;
@@ -149,6 +178,9 @@ class Context {
 
 // Bounds by linear functions of the input that are propagated forward (linear_forward.cpp).
 BoundsResult forward_bound(Context& context, const std::optional<Spec>& spec);
+
+// Without gradient, and not one of inference mode's, which no gradient may be recorded with.
+Tensor usable(const Tensor& t);
 
 // Double to `dtype`, downward; NaN becomes -inf. With gradient: that of the plain conversion of `plain`.
 Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype);

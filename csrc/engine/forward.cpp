@@ -64,6 +64,27 @@ Context::Context(const Program& program, std::vector<Tensor> params, std::vector
   find_centres();
 }
 
+Tensor usable(const Tensor& t) {
+  if (!t.defined()) return t;
+  return t.is_inference() ? t.clone() : t.detach();
+}
+
+Context Context::plain() const {
+  at::NoGradGuard no_grad;
+  std::vector<Tensor> params;
+  for (const Tensor& p : params_) params.push_back(usable(p));
+  std::vector<InputRegion> regions;
+  for (const InputRegion& r : regions_)
+    regions.push_back({usable(r.lower), usable(r.upper), usable(r.centre), usable(r.eps), r.p, r.clipped});
+  Options options = options_;
+  options.soundness = Soundness::None;
+  options.ascent = {};
+  Context out(program_, std::move(params), std::move(regions), std::move(options));
+  for (size_t i = 0; i < boxes_.size(); ++i)
+    out.boxes_[i] = {usable(std::get<0>(boxes_[i])), usable(std::get<1>(boxes_[i]))};
+  return out;
+}
+
 Tensor Context::param(const Node& node, size_t i) const {
   if (i >= node.params.size() || node.params[i] < 0) return {};
   const Tensor& p = params_[size_t(node.params[i])];
@@ -354,12 +375,30 @@ void Context::propagate(int64_t last, bool forget) {
     if (first_of_ball) refine(i, true);
     if (crown && program_.is_preactivation(i) && !(node.interval_exact && (!ball || node.mixings == 0))) {
       if (!(first_of_ball && node.interval_exact)) refine(i, false);
+      if (options_.ascent.intermediate) intersect_with_rule(i);
     }
   }
 }
 
+Context& Context::by_rule() {
+  if (!by_rule_) {
+    Options options = options_;
+    options.ascent = {};
+    by_rule_ = std::make_unique<Context>(program_, params_, regions_, std::move(options));
+  }
+  return *by_rule_;
+}
+
+// Slopes by rule follow the boxes, and a smaller box may get a worse slope.
+void Context::intersect_with_rule(int64_t i) {
+  Context& other = by_rule();
+  other.propagate(i);
+  const auto& [lower, upper] = box(i);
+  boxes_[size_t(i)] = {at::maximum(lower, std::get<0>(other.box(i))), at::minimum(upper, std::get<1>(other.box(i)))};
+}
+
 void Context::forget_caches() {
-  for (auto* cache : {&lines_, &relu_lines_, &centred_lines_}) cache->clear();
+  for (auto* cache : {&lines_, &relu_lines_, &flattest_lines_, &centred_lines_}) cache->clear();
   for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
   for (auto* cache : {&radius_, &charges_, &relax_charges_}) cache->clear();
   sizes_.clear();

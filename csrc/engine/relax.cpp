@@ -3,6 +3,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/tensor.h>
@@ -21,6 +22,10 @@ namespace pycert::engine {
 namespace {
 
 Tensor flat(const Tensor& t) { return t.reshape({t.size(0), -1}); }
+
+bool is_pair(const Node& node) { return node.op == Op::Max2 || node.op == Op::Min2; }
+
+int64_t relaxed_value(const Node& node) { return is_pair(node) ? node.inputs[2] : node.inputs[0]; }
 
 }  // namespace
 
@@ -107,31 +112,79 @@ const PoolLines& Context::pool_lines(int64_t pool) {
   return found->second;
 }
 
-// Lines for value - centre: lower_slope (x - c) + intercept, intercept = lower_slope c + lower_intercept - (centre of
-// the result), formed in double and rounded outward.
+// The intercept of a line for value - centre: slope (x - c) + moved, moved = slope c + intercept - (centre of the
+// result), formed in double and rounded outward. With `sample` slopes and intercepts are of those samples.
+Tensor Context::moved_intercept(int64_t activation, const Tensor& slope, const Tensor& intercept, const Tensor& sample,
+                                double sign) {
+  const Node& node = program_.node(activation);
+  const auto exact = [](const Tensor& t) { return t.to(at::kDouble); };
+  const auto of_samples = [&](const Tensor& t) { return sample.defined() ? t.index_select(0, sample) : t; };
+  Tensor result = exact(centre(activation));
+  if (node.op == Op::Max2) result = result - exact(centre(node.inputs[1]));  // relu(a - b) = max - b
+  if (node.op == Op::Min2) result = exact(centre(node.inputs[0])) - result;  // relu(a - b) = a - min
+  result = of_samples(result);
+  const Tensor product = exact(slope) * exact(of_samples(centre(relaxed_value(node))));
+  Tensor at = product - result, size = product.abs() + result.abs();
+  if (intercept.defined()) {
+    at = at + exact(intercept);
+    size = size + exact(intercept).abs();
+  }
+  return lower_end(at * sign, size * 0x1p-50, dtype_) * sign;
+}
+
 const Lines& Context::centred_lines(int64_t activation) {
   auto [found, fresh] = centred_lines_.try_emplace(activation);
   if (!fresh) return found->second;
   const Node& node = program_.node(activation);
-  const bool pair = node.op == Op::Max2 || node.op == Op::Min2;
-  const int64_t value = pair ? node.inputs[2] : node.inputs[0];
-  const Lines& plain = pair ? relu_lines(value) : lines(activation);
-  const auto exact = [](const Tensor& t) { return t.to(at::kDouble); };
-  Tensor result = exact(centre(activation));
-  if (node.op == Op::Max2) result = result - exact(centre(node.inputs[1]));  // relu(a - b) = max - b
-  if (node.op == Op::Min2) result = exact(centre(node.inputs[0])) - result;  // relu(a - b) = a - min
-  const auto moved = [&](const Tensor& slope, const Tensor& intercept, double sign) {
-    const Tensor product = exact(slope) * exact(centre(value));
-    Tensor at = product - result, size = product.abs() + result.abs();
-    if (intercept.defined()) {
-      at = at + exact(intercept);
-      size = size + exact(intercept).abs();
-    }
-    return lower_end(at * sign, size * 0x1p-50, dtype_) * sign;
-  };
-  found->second = {plain.lower_slope, moved(plain.lower_slope, plain.lower_intercept, 1), plain.upper_slope,
-                   moved(plain.upper_slope, plain.upper_intercept, -1)};
+  const Lines& plain = is_pair(node) ? relu_lines(node.inputs[2]) : lines(activation);
+  found->second = {plain.lower_slope, moved_intercept(activation, plain.lower_slope, plain.lower_intercept, {}, 1),
+                   plain.upper_slope, moved_intercept(activation, plain.upper_slope, plain.upper_intercept, {}, -1)};
   return found->second;
+}
+
+// ---- free lower slopes -------------------------------------------------------------------------------------------
+// Convex functions with one kink, at (0, 0): between the slopes on both sides every line through it is a lower line.
+
+bool Context::has_free_slope(int64_t activation) const {
+  const Node& node = program_.node(activation);
+  if (!node.depends_on_input) return false;
+  return is_pair(node) || node.op == Op::Relu || node.op == Op::Abs ||
+         (node.op == Op::LeakyRelu && node.slope >= 0 && node.slope <= 1);
+}
+
+// Lines with the lower slope nearest to 0. The intercept covers what the network's own rounding takes from f, which is
+// most for the steepest side before the kink: it holds for every slope between that one and 1.
+const Lines& Context::flattest_lines(int64_t activation) {
+  auto [found, fresh] = flattest_lines_.try_emplace(activation);
+  if (!fresh) return found->second;
+  const Node& node = program_.node(activation);
+  const auto& [l, u] = box(node.inputs[0]);
+  auto [ls, li, us, ui] = activation_lines(l, u, kind_of(node.op), optional_of(param(node, 0)), first_number(node),
+                                           second_number(node), int64_t(Slope::Zero), deployed());
+  found->second = {flat(ls), flat(li), flat(us), flat(ui)};
+  return found->second;
+}
+
+SlopeRange Context::slope_range(int64_t activation) {
+  at::NoGradGuard no_grad;
+  const Node& node = program_.node(activation);
+  const auto& [lower, upper] = box(relaxed_value(node));
+  const Tensor l = flat(lower), u = flat(upper);
+  const Tensor is_free = l.lt(0).logical_and_(u.gt(0)).logical_and_((u - l).isfinite());
+  const bool is_relu = is_pair(node) || node.op == Op::Relu;
+  const Tensor start = is_pair(node) ? relu_lines(node.inputs[2]).lower_slope : lines(activation).lower_slope;
+  const Tensor fixed = is_relu ? start : flattest_lines(activation).lower_slope;
+  const Tensor least = node.op == Op::LeakyRelu ? fixed : at::full_like(fixed, is_relu ? 0.0 : -1.0);
+  return {at::where(is_free, start, fixed).contiguous(), at::where(is_free, least, fixed).contiguous(),
+          at::where(is_free, 1.0, fixed).contiguous()};
+}
+
+Tensor Context::free_intercept(int64_t activation, const Tensor& slopes, const Tensor& sample, bool centred) {
+  const Node& node = program_.node(activation);
+  Tensor intercept;
+  if (!is_pair(node) && node.op != Op::Relu)
+    intercept = flattest_lines(activation).lower_intercept.index_select(0, sample);
+  return centred ? moved_intercept(activation, slopes, intercept, sample, 1) : intercept;
 }
 
 const PoolLines& Context::centred_pool_lines(int64_t pool) {

@@ -79,11 +79,11 @@ std::tuple<Tensor, Tensor> relax_cpu(const Tensor& rows, const OptionalTensor& s
                                      IntArrayRef extent, const Tensor& lower_slope,
                                      const OptionalTensor& lower_intercept, const Tensor& upper_slope,
                                      const Tensor& upper_intercept, const OptionalTensor& bias,
-                                     const OptionalTensor& charge) {
+                                     const OptionalTensor& charge, const OptionalTensor& lower_row) {
   const Map m(source, negative_from, sample, position);
   const Window w = window_of(window);
   const Extent e = extent_of(extent);
-  const Tensor r = rows.contiguous();
+  const Tensor r = rows.contiguous(), lower_at = contiguous(lower_row);
   check_rows(r, m, w, e, "relax_rows");
   const Tensor ls = lower_slope.contiguous(), us = upper_slope.contiguous(), ui = upper_intercept.contiguous();
   const Tensor li = contiguous(lower_intercept), b = contiguous(bias), c = contiguous(charge);
@@ -100,6 +100,7 @@ std::tuple<Tensor, Tensor> relax_cpu(const Tensor& rows, const OptionalTensor& s
                                us.const_data_ptr<scalar_t>(),
                                pointer<scalar_t>(li),
                                ui.const_data_ptr<scalar_t>(),
+                               pointer<int64_t>(lower_at),
                                pointer<scalar_t>(b),
                                pointer<scalar_t>(c),
                                s,
@@ -172,44 +173,70 @@ Tensor concretize_cpu(const Tensor& rows, const OptionalTensor& source, int64_t 
   return out;
 }
 
-// Rows sorted by sample, and where each sample's begin.
-std::pair<Tensor, Tensor> by_sample(const Tensor& sample, int64_t batch) {
-  const Tensor order = at::argsort(sample, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  Tensor starts = at::zeros({batch + 1}, sample.options());
-  starts.narrow(0, 1, batch).copy_(at::bincount(sample, {}, batch).cumsum(0));
+// Rows sorted by group, and where each group's begin.
+std::pair<Tensor, Tensor> by_group(const Tensor& group, int64_t groups) {
+  const Tensor order = at::argsort(group, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  Tensor starts = at::zeros({groups + 1}, group.options());
+  starts.narrow(0, 1, groups).copy_(at::bincount(group, {}, groups).cumsum(0));
   return {order, starts};
 }
 
+// Every row a group of its own.
+std::pair<Tensor, Tensor> by_row(int64_t rows) {
+  const Tensor order = at::arange(rows + 1, at::kLong);
+  return {order, order};
+}
+
+// `wanted`: gradients of the rows, of the lower line, of the upper line.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_cpu(
-    const Tensor& grad_out, const Tensor& grad_sums, const Tensor& rows, const Tensor& sample,
-    const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const Tensor& lower_slope,
-    const OptionalTensor& lower_intercept, const Tensor& upper_slope, const Tensor& upper_intercept) {
-  const Map m({}, INT64_MAX, sample, position);
+    const Tensor& grad_out, const Tensor& grad_sums, const Tensor& rows, const OptionalTensor& source,
+    int64_t negative_from, const Tensor& sample, const OptionalTensor& position, IntArrayRef window, IntArrayRef extent,
+    const Tensor& lower_slope, const OptionalTensor& lower_intercept, const Tensor& upper_slope,
+    const Tensor& upper_intercept, const OptionalTensor& bias, const OptionalTensor& lower_row, IntArrayRef wanted) {
+  const Map m(source, negative_from, sample, position);
+  TORCH_CHECK_VALUE(wanted.size() == 3, "relax_rows_backward: wanted is 3 flags, got ", wanted.size());
+  const bool of_rows = wanted[0] != 0, of_lower = wanted[1] != 0, of_upper = wanted[2] != 0;
+  TORCH_CHECK_VALUE(!of_rows || (!source.has_value() && negative_from >= m.map.count),
+                    "relax_rows_backward: rows with a source have no gradient");
+  TORCH_CHECK_VALUE(!of_upper || !lower_row.has_value(),
+                    "relax_rows_backward: with lower_row there are no gradients of the upper line");
   const Tensor r = rows.contiguous(), g = grad_out.contiguous(), gc = grad_sums.select(0, 0).contiguous();
   const Tensor ls = lower_slope.contiguous(), us = upper_slope.contiguous(), ui = upper_intercept.contiguous();
-  const Tensor li = contiguous(lower_intercept);
-  const auto [order, starts] = by_sample(m.sample, ls.size(0));
-  Tensor grad_rows = at::empty_like(r), grad_ls = at::zeros_like(ls), grad_us = at::zeros_like(us),
-         grad_ui = at::zeros_like(ui), grad_li = li.defined() ? at::zeros_like(li) : Tensor();
+  const Tensor li = contiguous(lower_intercept), b = contiguous(bias), lower_at = contiguous(lower_row);
+  const auto [order, starts] = !of_lower && !of_upper ? by_row(m.map.count)
+                               : lower_at.defined()   ? by_group(lower_at, ls.size(0))
+                                                      : by_group(m.sample, ls.size(0));
+  const auto zeros = [](bool is_wanted, const Tensor& like) {
+    return is_wanted && like.defined() ? at::zeros_like(like) : Tensor();
+  };
+  Tensor grad_rows = of_rows ? at::empty_like(r) : Tensor(), grad_ls = zeros(of_lower, ls),
+         grad_us = zeros(of_upper, us), grad_ui = zeros(of_upper, ui), grad_li = zeros(of_lower, li);
+  const auto into = [](Tensor& t, auto* as) -> decltype(as) {
+    using T = std::remove_pointer_t<decltype(as)>;
+    return t.defined() ? t.data_ptr<T>() : nullptr;
+  };
   AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relax_rows_backward", [&] {
+    scalar_t* as = nullptr;
     cpu::RelaxBackwardArgs<scalar_t> a{r.const_data_ptr<scalar_t>(),
                                        g.const_data_ptr<scalar_t>(),
                                        gc.const_data_ptr<double>(),
                                        m.map,
                                        window_of(window),
                                        extent_of(extent),
-                                       ls.size(0),
+                                       starts.size(0) - 1,
                                        order.const_data_ptr<int64_t>(),
                                        starts.const_data_ptr<int64_t>(),
                                        ls.const_data_ptr<scalar_t>(),
                                        us.const_data_ptr<scalar_t>(),
                                        pointer<scalar_t>(li),
                                        ui.const_data_ptr<scalar_t>(),
-                                       grad_rows.data_ptr<scalar_t>(),
-                                       grad_ls.data_ptr<scalar_t>(),
-                                       grad_us.data_ptr<scalar_t>(),
-                                       li.defined() ? grad_li.data_ptr<scalar_t>() : nullptr,
-                                       grad_ui.data_ptr<scalar_t>()};
+                                       pointer<int64_t>(lower_at),
+                                       pointer<scalar_t>(b),
+                                       into(grad_rows, as),
+                                       into(grad_ls, as),
+                                       into(grad_li, as),
+                                       into(grad_us, as),
+                                       into(grad_ui, as)};
     cpu::kernels<scalar_t>().relax_backward(a);
   });
   return {grad_rows, grad_ls, grad_li, grad_us, grad_ui};
@@ -218,13 +245,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_cpu(
 std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, const Tensor& rows, const Tensor& sample,
                                                            const OptionalTensor& position, IntArrayRef window,
                                                            IntArrayRef extent, const Tensor& first,
-                                                           const Tensor& second, int64_t norm) {
+                                                           const Tensor& second, int64_t norm, bool of_region) {
   const Map m({}, INT64_MAX, sample, position);
   const Tensor r = rows.contiguous(), a = first.contiguous(), b = second.contiguous();
   const Tensor gv = grad.select(0, 0).contiguous();
-  const auto [order, starts] = by_sample(m.sample, a.size(0));
-  Tensor grad_rows = at::empty_like(r), grad_first = at::zeros_like(a);
-  Tensor grad_second = norm == 0 ? at::zeros_like(b) : at::zeros_like(b, b.options().dtype(at::kDouble));
+  const bool box = of_region && norm == 0, ball = of_region && norm != 0;
+  const auto [order, starts] = of_region ? by_group(m.sample, a.size(0)) : by_row(m.map.count);
+  Tensor grad_rows = at::empty_like(r), grad_first, grad_second;
+  if (of_region) {
+    grad_first = at::zeros_like(a);
+    grad_second = norm == 0 ? at::zeros_like(b) : at::zeros_like(b, b.options().dtype(at::kDouble));
+  }
   AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "concretize_backward", [&] {
     const scalar_t *p = a.const_data_ptr<scalar_t>(), *q = b.const_data_ptr<scalar_t>();
     cpu::ConcretizeBackwardArgs<scalar_t> args{r.const_data_ptr<scalar_t>(),
@@ -232,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, c
                                                m.map,
                                                window_of(window),
                                                extent_of(extent),
-                                               a.size(0),
+                                               starts.size(0) - 1,
                                                order.const_data_ptr<int64_t>(),
                                                starts.const_data_ptr<int64_t>(),
                                                norm == 0 ? p : nullptr,
@@ -241,13 +272,13 @@ std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, c
                                                norm == 0 ? nullptr : q,
                                                int(norm),
                                                grad_rows.data_ptr<scalar_t>(),
-                                               norm == 0 ? grad_first.data_ptr<scalar_t>() : nullptr,
-                                               norm == 0 ? grad_second.data_ptr<scalar_t>() : nullptr,
-                                               norm == 0 ? nullptr : grad_first.data_ptr<scalar_t>(),
-                                               norm == 0 ? nullptr : grad_second.data_ptr<double>()};
+                                               box ? grad_first.data_ptr<scalar_t>() : nullptr,
+                                               box ? grad_second.data_ptr<scalar_t>() : nullptr,
+                                               ball ? grad_first.data_ptr<scalar_t>() : nullptr,
+                                               ball ? grad_second.data_ptr<double>() : nullptr};
     cpu::kernels<scalar_t>().concretize_backward(args);
   });
-  return {grad_rows, grad_first, grad_second.to(b.scalar_type())};
+  return {grad_rows, grad_first, of_region ? grad_second.to(b.scalar_type()) : Tensor()};
 }
 
 Tensor relayout_backward_cpu(const Tensor& grad_out, int64_t table_rows, const OptionalTensor& source,
@@ -282,31 +313,44 @@ void check_first_order(const variable_list& grads) {
                                 "back-substitution: second derivatives are not supported");
 }
 
+// Rows with a source or a sign have no gradient themselves; a bias never has one.
 struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const Tensor& sample,
-                               const OptionalTensor& position, IntArrayRef window, IntArrayRef extent,
-                               const Tensor& lower_slope, const OptionalTensor& lower_intercept,
-                               const Tensor& upper_slope, const Tensor& upper_intercept, const OptionalTensor& charge) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& source,
+                               int64_t negative_from, const Tensor& sample, const OptionalTensor& position,
+                               IntArrayRef window, IntArrayRef extent, const Tensor& lower_slope,
+                               const OptionalTensor& lower_intercept, const Tensor& upper_slope,
+                               const Tensor& upper_intercept, const OptionalTensor& bias, const OptionalTensor& charge,
+                               const OptionalTensor& lower_row) {
     at::AutoDispatchBelowADInplaceOrView below;
     PYCERT_HANDLE("relax_rows", relax_cpu);
-    auto [out, sums] = op.call(rows, {}, INT64_MAX, sample, position, window, extent, lower_slope, lower_intercept,
-                               upper_slope, upper_intercept, {}, charge);
-    ctx->save_for_backward({rows, sample, value_or_empty(position), lower_slope, value_or_empty(lower_intercept),
-                            upper_slope, upper_intercept, sums});
+    auto [out, sums] = op.call(rows, source, negative_from, sample, position, window, extent, lower_slope,
+                               lower_intercept, upper_slope, upper_intercept, bias, charge, lower_row);
+    ctx->save_for_backward({rows, value_or_empty(source), sample, value_or_empty(position), lower_slope,
+                            value_or_empty(lower_intercept), upper_slope, upper_intercept, value_or_empty(bias),
+                            value_or_empty(lower_row), sums});
+    ctx->saved_data["negative_from"] = negative_from;
     ctx->saved_data["window"] = window.vec();
     ctx->saved_data["extent"] = extent.vec();
+    ctx->saved_data["wanted"] =
+        Ints{rows.requires_grad(), lower_slope.requires_grad() || needs_grad(value_or_empty(lower_intercept)),
+             upper_slope.requires_grad() || upper_intercept.requires_grad()};
     return {out, sums};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     check_first_order(grads);
     PYCERT_HANDLE("relax_rows_backward", relax_backward_cpu);
     const auto s = ctx->get_saved_variables();
-    const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(s[0]);
-    const Tensor grad_sums = grads[1].defined() ? grads[1] : at::zeros_like(s[7]);
-    auto [rows, ls, li, us, ui] =
-        op.call(grad_out, grad_sums, s[0], s[1], optional_of(s[2]), ctx->saved_data["window"].toIntVector(),
-                ctx->saved_data["extent"].toIntVector(), s[3], optional_of(s[4]), s[5], s[6]);
-    return {rows, Tensor(), Tensor(), Tensor(), Tensor(), ls, li, us, ui, Tensor()};
+    const Tensor& sums = s[10];
+    const auto shape = rows_shape(sums.size(1), window_of(ctx->saved_data["window"].toIntVector()),
+                                  extent_of(ctx->saved_data["extent"].toIntVector()));
+    const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros(shape, s[0].options());
+    const Tensor grad_sums = grads[1].defined() ? grads[1] : at::zeros_like(sums);
+    auto [rows, ls, li, us, ui] = op.call(
+        grad_out, grad_sums, s[0], optional_of(s[1]), ctx->saved_data["negative_from"].toInt(), s[2], optional_of(s[3]),
+        ctx->saved_data["window"].toIntVector(), ctx->saved_data["extent"].toIntVector(), s[4], optional_of(s[5]), s[6],
+        s[7], optional_of(s[8]), optional_of(s[9]), ctx->saved_data["wanted"].toIntVector());
+    const Tensor none;
+    return {rows, none, none, none, none, none, none, ls, li, us, ui, none, none, none};
   }
 };
 
@@ -321,6 +365,7 @@ struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
     ctx->saved_data["window"] = window.vec();
     ctx->saved_data["extent"] = extent.vec();
     ctx->saved_data["norm"] = norm;
+    ctx->saved_data["of_region"] = first.requires_grad() || second.requires_grad();
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -329,7 +374,8 @@ struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
     const auto s = ctx->get_saved_variables();
     auto [rows, first, second] =
         op.call(grads[0], s[0], s[1], optional_of(s[2]), ctx->saved_data["window"].toIntVector(),
-                ctx->saved_data["extent"].toIntVector(), s[3], s[4], ctx->saved_data["norm"].toInt());
+                ctx->saved_data["extent"].toIntVector(), s[3], s[4], ctx->saved_data["norm"].toInt(),
+                ctx->saved_data["of_region"].toBool());
     return {rows, Tensor(), Tensor(), Tensor(), Tensor(), first, second, Tensor()};
   }
 };
@@ -365,19 +411,22 @@ std::tuple<Tensor, Tensor> relax_autograd(const Tensor& rows, const OptionalTens
                                           IntArrayRef extent, const Tensor& lower_slope,
                                           const OptionalTensor& lower_intercept, const Tensor& upper_slope,
                                           const Tensor& upper_intercept, const OptionalTensor& bias,
-                                          const OptionalTensor& charge) {
+                                          const OptionalTensor& charge, const OptionalTensor& lower_row) {
   if (any_needs_grad(rows, lower_slope, value_or_empty(lower_intercept), upper_slope, upper_intercept,
                      value_or_empty(bias))) {
-    TORCH_CHECK_VALUE(!source.has_value() && negative_from >= rows.size(0) && !bias.has_value(),
-                      "relax_rows: gradients need rows of their own (no source, no sign, no bias)");
-    auto out = RelaxFunction::apply(rows, sample, position, window, extent, lower_slope, lower_intercept, upper_slope,
-                                    upper_intercept, charge);
+    TORCH_CHECK_VALUE(!any_needs_grad(rows) || (!source.has_value() && negative_from >= rows.size(0)),
+                      "relax_rows: gradients of rows need rows of their own (no source, no sign)");
+    TORCH_CHECK_VALUE(!any_needs_grad(value_or_empty(bias)), "relax_rows: a bias has no gradient here");
+    TORCH_CHECK_VALUE(!lower_row.has_value() || !any_needs_grad(upper_slope, upper_intercept),
+                      "relax_rows: with lower_row the upper line has no gradient");
+    auto out = RelaxFunction::apply(rows, source, negative_from, sample, position, window, extent, lower_slope,
+                                    lower_intercept, upper_slope, upper_intercept, bias, charge, lower_row);
     return {out[0], out[1]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
   PYCERT_HANDLE("relax_rows", relax_cpu);
   return op.call(rows, source, negative_from, sample, position, window, extent, lower_slope, lower_intercept,
-                 upper_slope, upper_intercept, bias, charge);
+                 upper_slope, upper_intercept, bias, charge, lower_row);
 }
 
 Tensor concretize_autograd(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
@@ -402,16 +451,43 @@ Tensor relayout_autograd(const Tensor& rows, const OptionalTensor& source, int64
   return op.call(rows, source, negative_from, sample, position, from, to, extent);
 }
 
+void ascend_cpu(const Tensor& slope, const Tensor& first, const Tensor& second, const Tensor& best, const Tensor& grad,
+                const Tensor& lowest, const Tensor& highest, const Tensor& sample, const Tensor& best_row,
+                const Tensor& improved, int64_t step, double rate) {
+  constexpr double kFirst = 0.9, kSecond = 0.999, kEpsilon = 1e-8;  // Kingma & Ba's
+  const Tensor g = grad.contiguous();
+  for (const Tensor& t : {slope, first, second, best, lowest, highest, sample, best_row, improved})
+    TORCH_CHECK_VALUE(t.is_contiguous(), "ascend_slopes: tensors must be contiguous");
+  AT_DISPATCH_FLOATING_TYPES(slope.scalar_type(), "ascend_slopes", [&] {
+    cpu::kernels<scalar_t>().ascend(
+        {slope.size(0), slope.size(1), slope.data_ptr<scalar_t>(), first.data_ptr<scalar_t>(),
+         second.data_ptr<scalar_t>(), best.data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(),
+         lowest.const_data_ptr<scalar_t>(), highest.const_data_ptr<scalar_t>(), sample.const_data_ptr<int64_t>(),
+         best_row.const_data_ptr<int64_t>(), improved.const_data_ptr<bool>(),
+         scalar_t(rate / (1 - std::pow(kFirst, double(step)))), scalar_t(kFirst), scalar_t(kSecond),
+         scalar_t(1 / std::sqrt(1 - std::pow(kSecond, double(step)))), scalar_t(kEpsilon)});
+  });
+}
+
 }  // namespace
+
+void ascend_slopes(const Tensor& slope, const Tensor& first, const Tensor& second, const Tensor& best,
+                   const Tensor& grad, const Tensor& lowest, const Tensor& highest, const Tensor& sample,
+                   const Tensor& best_row, const Tensor& improved, int64_t step, double rate) {
+  PYCERT_HANDLE("ascend_slopes", ascend_cpu);
+  at::AutoDispatchBelowADInplaceOrView below;
+  op.call(slope, first, second, best, grad, lowest, highest, sample, best_row, improved, step, rate);
+}
 
 std::tuple<Tensor, RowSums> relax_rows(const Tensor& rows, const RowSource& source, const RowIndex& index,
                                        const Window& window, const Extent& extent, const Tensor& lower_slope,
                                        const Tensor& lower_intercept, const Tensor& upper_slope,
-                                       const Tensor& upper_intercept, const Tensor& bias, const Tensor& charge) {
+                                       const Tensor& upper_intercept, const Tensor& bias, const Tensor& charge,
+                                       const Tensor& lower_row) {
   PYCERT_HANDLE("relax_rows", relax_cpu);
   return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
                  encode(window), encode(extent), lower_slope, optional_of(lower_intercept), upper_slope,
-                 upper_intercept, optional_of(bias), optional_of(charge));
+                 upper_intercept, optional_of(bias), optional_of(charge), optional_of(lower_row));
 }
 
 RowSums dot_rows(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
@@ -447,10 +523,11 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def(
       "relax_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] window, "
       "int[] extent, Tensor lower_slope, Tensor? lower_intercept, Tensor upper_slope, Tensor upper_intercept, Tensor? "
-      "bias, Tensor? charge) -> (Tensor, Tensor)");
+      "bias, Tensor? charge, Tensor? lower_row) -> (Tensor, Tensor)");
   m.def(
-      "relax_rows_backward(Tensor grad_out, Tensor grad_sums, Tensor rows, Tensor sample, Tensor? position, int[] "
-      "window, int[] extent, Tensor lower_slope, Tensor? lower_intercept, Tensor upper_slope, Tensor upper_intercept) "
+      "relax_rows_backward(Tensor grad_out, Tensor grad_sums, Tensor rows, Tensor? source, int negative_from, Tensor "
+      "sample, Tensor? position, int[] window, int[] extent, Tensor lower_slope, Tensor? lower_intercept, Tensor "
+      "upper_slope, Tensor upper_intercept, Tensor? bias, Tensor? lower_row, int[] wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "dot_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] window, int[] "
@@ -466,7 +543,10 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "int[] extent, Tensor first, Tensor second, int norm) -> Tensor");
   m.def(
       "concretize_rows_backward(Tensor grad, Tensor rows, Tensor sample, Tensor? position, int[] window, int[] "
-      "extent, Tensor first, Tensor second, int norm) -> (Tensor, Tensor, Tensor)");
+      "extent, Tensor first, Tensor second, int norm, bool of_region) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ascend_slopes(Tensor(a!) slope, Tensor(b!) first, Tensor(c!) second, Tensor(d!) best, Tensor grad, Tensor "
+      "lowest, Tensor highest, Tensor sample, Tensor best_row, Tensor improved, int step, float rate) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(pycert, CPU, m) {
@@ -477,6 +557,7 @@ TORCH_LIBRARY_IMPL(pycert, CPU, m) {
   m.impl("relayout_rows_backward", relayout_backward_cpu);
   m.impl("concretize_rows", concretize_cpu);
   m.impl("concretize_rows_backward", concretize_backward_cpu);
+  m.impl("ascend_slopes", ascend_cpu);
 }
 
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) {

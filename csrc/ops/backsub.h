@@ -30,11 +30,13 @@ struct RowSource {
 // Sums per row, double: constant, magnitude (sum of |terms| of the constant), error (sum |z| charge).
 using RowSums = at::Tensor;  // [3, Q]
 
+// With lower_row ([Q] int64) the tables of the lower line are [G, n], and row q reads row lower_row[q] of them; every
+// row of a table belongs to rows of one sample.
 std::tuple<at::Tensor, RowSums> relax_rows(const at::Tensor& rows, const RowSource& source, const RowIndex& index,
                                            const Window& window, const Extent& extent, const at::Tensor& lower_slope,
                                            const at::Tensor& lower_intercept, const at::Tensor& upper_slope,
                                            const at::Tensor& upper_intercept, const at::Tensor& bias,
-                                           const at::Tensor& charge);
+                                           const at::Tensor& charge, const at::Tensor& lower_row);
 
 // No gradient: constants that need one are formed by ATen.
 RowSums dot_rows(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
@@ -50,5 +52,13 @@ at::Tensor concretize_box(const at::Tensor& rows, const RowSource& source, const
 // Least value over balls ||x - centre||_p <= eps, p in {1, 2}.
 at::Tensor concretize_ball(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                            const Extent& extent, const at::Tensor& centre, const at::Tensor& eps, int64_t p);
+
+// Step number `step` (from 1) of projected Adam, in place: slope, first, second [G, n] by their gradient, into
+// [lowest, highest], each [B, n], of the groups' samples; before it, the slopes of groups that are `improved` [G] go
+// into rows best_row of `best`.
+void ascend_slopes(const at::Tensor& slope, const at::Tensor& first, const at::Tensor& second, const at::Tensor& best,
+                   const at::Tensor& grad, const at::Tensor& lowest, const at::Tensor& highest,
+                   const at::Tensor& sample, const at::Tensor& best_row, const at::Tensor& improved, int64_t step,
+                   double rate);
 
 }  // namespace pycert

@@ -18,7 +18,10 @@ from pycert import _C, _flags, attacks, plot
 from pycert._progress import progress_bar
 from pycert.cli import environment, inputs, records, report
 from pycert.cli.inputs import CommandError
-from pycert.options import METHODS, SOUNDNESS, memory_bytes
+from pycert.options import ALPHAS, INTERMEDIATES, METHODS, SOUNDNESS, memory_bytes, parse
+
+#: Options that go to alpha-crown alone.
+ASCENT_OPTIONS = ("iterations", "learning_rate", "alpha", "intermediate")
 
 EPILOG = """
 examples:
@@ -67,6 +70,22 @@ def _add_bound_options(parser: argparse.ArgumentParser) -> None:
     )
     bounds.add_argument(
         "--cascade", action=argparse.BooleanOptionalAction, default=True, help="cheap methods first"
+    )
+    bounds.add_argument("--iterations", type=int, default=20, metavar="N", help="of alpha-crown (default 20)")
+    bounds.add_argument(
+        "--learning-rate", type=float, default=0.5, metavar="RATE", help="of alpha-crown (default 0.5)"
+    )
+    bounds.add_argument(
+        "--alpha",
+        choices=ALPHAS,
+        default=ALPHAS[0],
+        help="of alpha-crown: slopes for every margin, or one set for all (default %(default)s)",
+    )
+    bounds.add_argument(
+        "--intermediate",
+        choices=INTERMEDIATES,
+        default="crown",
+        help="of alpha-crown: method of the intermediate bounds (default %(default)s)",
     )
     bounds.add_argument(
         "--attack", action="store_true", help="also attack by PGD: an upper limit on any certificate"
@@ -148,6 +167,10 @@ def _check(args: argparse.Namespace) -> None:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     memory_bytes(args.memory)  # a wrong size is an error before anything is written
+    try:
+        parse("alpha-crown", {name: getattr(args, name) for name in ASCENT_OPTIONS})
+    except ValueError as error:
+        raise CommandError(f"--{error}") from error
     if any(eps < 0 or eps == float("inf") for eps in args.eps):
         raise CommandError(f"--eps must be finite and not negative, got {args.eps}")
     if args.p not in (1, 2, float("inf")):
@@ -173,6 +196,8 @@ def _header(args: argparse.Namespace, net: torch.nn.Module, x: Tensor, y: Tensor
     options |= {"eps": list(dict.fromkeys(args.eps)), "p": "inf" if args.p == float("inf") else args.p}
     options |= {"clip": args.clip, "methods": list(dict.fromkeys(args.method)), "device": args.device}
     options |= {"threads": torch.get_num_threads()}
+    if "alpha-crown" in args.method:
+        options |= {name: getattr(args, name) for name in ASCENT_OPTIONS}
     options |= {"attack": [args.attack_steps, args.attack_restarts] if args.attack else None}
     run_ = {
         "network": args.network,
@@ -241,6 +266,8 @@ def _compute(
         name, good, margin = "robust", correct & ~found.success, found.margin
     else:
         options = {"intersect": args.intersect, "cascade": args.cascade, "soundness": args.soundness}
+        if batch.method == "alpha-crown":
+            options |= {name: getattr(args, name) for name in ASCENT_OPTIONS}
         if args.memory is not None:
             options["memory"] = args.memory
         result = pycert.certify(bm, x, y, eps=batch.eps, p=args.p, method=batch.method, clip=clip, **options)

@@ -1,0 +1,258 @@
+// Lower slopes by projected gradient ascent on the bounds themselves (alpha-CROWN, Xu et al. 2021). The ascent runs in
+// plain arithmetic; what it finds goes through one walk with the soundness that was asked for.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/_unique2.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/minimum.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cmath>
+#include <limits>
+
+#include "engine/backward.h"
+
+namespace pycert::engine {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kDecay = 0.98;                         // of the rate, per step
+constexpr int64_t kPreferredBytes = int64_t(32) << 20;  // of one ascent
+constexpr double kShareThatPays = 0.25;                 // of groups that are done, for leaving them out
+
+// Nodes that a walk from `start` passes.
+std::vector<bool> passed(const Program& program, int64_t start) {
+  std::vector<bool> out(size_t(start) + 1);
+  out[size_t(start)] = true;
+  for (int64_t i = start; i >= 0; --i) {
+    if (!out[size_t(i)]) continue;
+    for (int64_t j : program.node(i).inputs) out[size_t(j)] = true;
+  }
+  return out;
+}
+
+// Where a row is good enough; upper bounds are lower bounds of negated rows.
+Tensor targets(const Start& start, double threshold) {
+  const Tensor all = at::full({start.count()}, threshold, at::kDouble);
+  if (threshold == kInfinity || start.negative_from >= start.count()) return all;
+  all.narrow(0, start.negative_from, start.count() - start.negative_from).neg_();
+  return all;
+}
+
+// The free slopes of one activation, and the state of Adam.
+struct Free {
+  int64_t activation;
+  SlopeRange range;                   // [B, n]
+  Tensor slope, first, second, best;  // [G, n]; best: of all groups that there were
+};
+
+class Ascender {
+ public:
+  Ascender(Context& plain, const Start& start, Tensor group, Tensor sample, Tensor sound, double threshold,
+           const Ascent& options)
+      : plain_(plain),
+        start_(start),
+        group_(std::move(group)),
+        sample_(std::move(sample)),
+        sound_(std::move(sound)),
+        options_(options) {
+    best_row_ = at::arange(sample_.size(0), at::kLong);
+    at_best_ = at::full({start_.count()}, -kInfinity, at::kDouble);
+    target_ = targets(start_, threshold);
+    const auto reached = passed(plain.program(), start.node);
+    for (int64_t i = 0; i <= start.node; ++i) {
+      if (!reached[size_t(i)] || !plain.has_free_slope(i)) continue;
+      SlopeRange range = plain.slope_range(i);
+      if (range.lowest.equal(range.highest)) continue;
+      const Tensor slope = range.start.index_select(0, sample_);
+      free_.push_back({i, range, slope, at::zeros_like(slope), at::zeros_like(slope), slope.clone()});
+    }
+  }
+
+  // The best slopes of every group; no tables where nothing is free.
+  std::unordered_map<int64_t, Tensor> run() {
+    for (int64_t step = 0; !free_.empty() && iterate(step); ++step) {
+    }
+    std::unordered_map<int64_t, Tensor> best;
+    for (const Free& f : free_) best[f.activation] = f.best;
+    return best;
+  }
+
+ private:
+  int64_t groups() const { return sample_.size(0); }
+  Tensor by_group(const Tensor& values) const {
+    return at::zeros({groups()}, values.options()).index_add(0, group_, values);
+  }
+
+  // Whether another step is to follow.
+  bool iterate(int64_t step) {
+    const bool last = step == options_.iterations;
+    Slopes slopes{group_, sample_, {}};
+    std::vector<Tensor> leaves;
+    for (Free& f : free_) {
+      leaves.push_back(f.slope.requires_grad_(!last));
+      slopes.tables[f.activation] = f.slope;
+    }
+    at::AutoGradMode with_grad(!last);
+    const Tensor values = walk(plain_, start_, false, false, &slopes).lower;
+    const Tensor now = values.detach().to(at::kDouble);
+    if (step == 0) {  // the sound bound lies about this much lower later on, too
+      const Tensor gap = (now - sound_).nan_to_num(0, 0, 0).clamp_min(0);
+      target_ = target_ + 2 * gap;
+    }
+    at::NoGradGuard no_grad;
+    const Tensor clipped = at::minimum(now, target_), improved = by_group(clipped).gt(by_group(at_best_));
+    at_best_ = at::where(improved.index_select(0, group_), clipped, at_best_);
+    const Tensor open = now.gt(target_).logical_not();
+    const Tensor is_open = by_group(open.to(at::kLong)).gt(0);
+    if (last || !is_open.any().item<bool>()) {
+      keep(improved);
+      return false;
+    }
+    const auto grads = gradients(values, leaves, open);
+    const double rate = options_.rate * std::pow(kDecay, double(step));
+    for (size_t k = 0; k < free_.size(); ++k) {
+      Free& f = free_[k];
+      ascend_slopes(f.slope, f.first, f.second, f.best, grads[k].defined() ? grads[k] : at::zeros_like(f.slope),
+                    f.range.lowest, f.range.highest, sample_, best_row_, improved, step + 1, rate);
+    }
+    if (double(is_open.sum().item<int64_t>()) <= (1 - kShareThatPays) * double(groups())) leave_out(is_open);
+    return true;
+  }
+
+  static std::vector<Tensor> gradients(const Tensor& values, const std::vector<Tensor>& leaves, const Tensor& open) {
+    if (!values.requires_grad()) return std::vector<Tensor>(leaves.size());  // no row passes a free slope
+    return torch::autograd::grad({values}, leaves, {open.to(values.scalar_type())}, /*retain_graph=*/false,
+                                 /*create_graph=*/false, /*allow_unused=*/true);
+  }
+
+  void keep(const Tensor& improved) {
+    const Tensor which = improved.nonzero().flatten(), rows = best_row_.index_select(0, which);
+    for (Free& f : free_) f.best.index_copy_(0, rows, f.slope.detach().index_select(0, which));
+  }
+
+  void leave_out(const Tensor& is_open) {
+    const Tensor kept = is_open.nonzero().flatten();
+    const Tensor rows = is_open.index_select(0, group_).nonzero().flatten();
+    const Tensor renumbered = is_open.to(at::kLong).cumsum(0).sub_(1);
+    group_ = renumbered.index_select(0, group_.index_select(0, rows));
+    start_ = start_.select(rows);
+    at_best_ = at_best_.index_select(0, rows);
+    target_ = target_.index_select(0, rows);
+    sample_ = sample_.index_select(0, kept);
+    best_row_ = best_row_.index_select(0, kept);
+    for (Free& f : free_)
+      for (Tensor* t : {&f.slope, &f.first, &f.second}) *t = t->detach().index_select(0, kept);
+  }
+
+  Context& plain_;
+  Start start_;
+  Tensor group_, sample_, best_row_;  // of every row [Q]; of every group [G]: its sample, its row in `best`
+  Tensor sound_, at_best_, target_;   // [Q] double: before the ascent; at the best slopes; where a row is done
+  const Ascent& options_;
+  std::vector<Free> free_;
+};
+
+// Rows of one group have the same slopes: the row itself, or its sample and side.
+std::pair<Tensor, Tensor> groups_of(const Start& start, bool shared) {
+  const Tensor row = at::arange(start.count(), at::kLong);
+  if (!shared) return {row, start.sample};
+  const Tensor key = start.sample * 2 + row.ge(start.negative_from).to(at::kLong);
+  const auto [unique, group, unused] = at::_unique2(key, true, true, false);
+  return {group, unique.floor_divide(2)};
+}
+
+// Rows that are not beyond the threshold, and with them the others of their group.
+Tensor open_rows(const Start& start, const Tensor& lower, double threshold, bool shared) {
+  const Tensor open = lower.gt(targets(start, threshold)).logical_not();
+  if (!shared) return open.nonzero().flatten();
+  const auto [group, sample] = groups_of(start, true);
+  const Tensor count = at::zeros({sample.size(0)}, at::kLong).index_add(0, group, open.to(at::kLong));
+  return count.index_select(0, group).nonzero().flatten();
+}
+
+Slopes search(Context& plain, const Start& start, const Tensor& sound, double threshold, const Ascent& options) {
+  auto [group, sample] = groups_of(start, options.shared);
+  Slopes out{group, sample, {}};
+  out.tables = Ascender(plain, start, group, sample, sound, threshold, options).run();
+  return out;
+}
+
+// The same, in chunks that fit the budget.
+Slopes search_in_chunks(Context& context, Context& plain, const Start& start, const Tensor& sound, double threshold) {
+  const Options& options = context.options();
+  const int64_t chunk = chunk_rows(ascent_bytes(context, start.node), options.memory, kPreferredBytes);
+  if (chunk >= start.count()) return search(plain, start, sound, threshold, options.ascent);
+  std::vector<Tensor> rows, samples;
+  std::unordered_map<int64_t, std::vector<Tensor>> tables;
+  int64_t groups = 0;
+  in_chunks(context, start.count(), chunk, [&](int64_t begin, int64_t end) {
+    const Slopes part = search(plain, start.select(at::arange(begin, end, at::kLong)),
+                               sound.narrow(0, begin, end - begin), threshold, options.ascent);
+    rows.push_back(part.row + groups);
+    samples.push_back(part.sample);
+    groups += part.sample.size(0);
+    for (const auto& [activation, table] : part.tables) tables[activation].push_back(table);
+  });
+  Slopes out{at::cat(rows), at::cat(samples), {}};
+  for (const auto& [activation, parts] : tables) out.tables[activation] = at::cat(parts);
+  return out;
+}
+
+}  // namespace
+
+// Every coefficient is kept for the gradient, twice where it passes an activation.
+double ascent_bytes(const Context& context, int64_t start) {
+  const auto reached = passed(context.program(), start);
+  double numbers = 0;
+  for (int64_t i = 0; i <= start; ++i) {
+    if (!reached[size_t(i)]) continue;
+    const Node& node = context.program().node(i);
+    numbers += 2 * double(node.numel);
+    if (context.has_free_slope(i)) numbers += (context.options().ascent.shared ? 1 : 6) * double(node.numel);
+  }
+  return numbers * double(c10::elementSize(context.dtype())) + 256;
+}
+
+WalkResult ascend(Context& context, const Start& start, bool keep_linear, double threshold) {
+  WalkResult result = walk(context, start, false, keep_linear);
+  const Ascent& options = context.options().ascent;
+  const Tensor before = result.lower.detach().to(at::kDouble);
+  const Tensor rows = open_rows(start, before, threshold, options.shared);
+  if (rows.size(0) == 0) return result;
+  const Start open = start.select(rows);
+  Slopes slopes;
+  {
+    c10::InferenceMode off(false);
+    at::AutoGradMode on(true);
+    Context plain = context.plain();
+    Start own = open;
+    for (Tensor* t : {&own.sample, &own.element, &own.table, &own.source}) *t = usable(*t);
+    slopes = search_in_chunks(context, plain, own, usable(before.index_select(0, rows)), threshold);
+  }
+  if (slopes.tables.empty()) return result;
+  const WalkResult found = walk(context, open, false, keep_linear, &slopes);
+  const auto merged = [&](const Tensor& all, const Tensor& some) { return all.index_put({rows}, some); };
+  const Tensor had = result.lower.index_select(0, rows);
+  if (keep_linear) {
+    const Tensor better = found.lower.gt(had);
+    const auto choose = [&](const Tensor& all, const Tensor& some) {
+      const Tensor mask = all.dim() == 1 ? better : better.unsqueeze(1);
+      return merged(all, at::where(mask, some, all.index_select(0, rows)));
+    };
+    result.constant = choose(result.constant, found.constant);
+    for (size_t j = 0; j < result.A.size(); ++j)
+      if (result.A[j].defined()) result.A[j] = choose(result.A[j], found.A[j]);
+  }
+  result.lower = merged(result.lower, at::maximum(had, found.lower));
+  return result;
+}
+
+}  // namespace pycert::engine
