@@ -16,7 +16,8 @@ from pycert.reference import bounds as reference
 METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
 F64 = torch.float64
 # Lines around curved activations may be chosen differently; they have tests of their own.
-CURVES = "mlp_elu mlp_silu mlp_gelu mlp_softplus mlp_hard mlp_shrink mlp_exp_log mlp_roots mlp_waves".split()
+CURVES = "mlp_elu mlp_silu mlp_gelu mlp_softplus mlp_hard mlp_shrink mlp_exp_log mlp_roots mlp_waves " \
+    "gated softmax standardized attention fused_attention".split()
 CURVED = {
     name
     for name in nets.BUILDERS

@@ -145,6 +145,13 @@ RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool sto
         if (!s.unit) cost.flops += 2.0 * size * double(w.numel() / w.size(0));
         break;
       }
+      case Op::Product:
+      case Op::MatMul: {
+        const auto& [parts, rows, terms, columns] = node.bilinear;
+        for (int64_t input : node.inputs) give(input, false, Window());
+        cost.flops += 8.0 * double(parts) * double(rows) * double(terms) * double(columns);
+        break;
+      }
       case Op::Add:
         give(node.inputs[0], s.unit, s.window);
         give(node.inputs[1], s.unit, s.window);
@@ -153,6 +160,7 @@ RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool sto
       case Op::MulConst:
       case Op::DivConst:
       case Op::AddConst:
+      case Op::Limit:
         give(node.inputs[0], s.unit, s.window);
         break;
       case Op::Reshape:
@@ -211,7 +219,7 @@ void Context::refine(int64_t i, bool all) {
             });
   Tensor lower = at::cat(lowers), upper = at::cat(uppers);
   const Tensor flat_lower = old_lower.reshape({batch_, -1}), flat_upper = old_upper.reshape({batch_, -1});
-  if (all || options_.intersect) {
+  if (all || options_.intersect || node.op == Op::Limit) {
     lower = at::maximum(lower, flat_lower.index({sample, element}));
     upper = at::minimum(upper, flat_upper.index({sample, element}));
   }

@@ -51,6 +51,12 @@ struct PoolLines {
   Tensor lower_constant;          // [B, n]; undefined: 0
 };
 
+// Planes around products, lower_x x + lower_y y + lower <= x y <= upper_x x + upper_y y + upper, summed over k of
+// Node::bilinear: slopes [B, P, I, K, J], constants [B, P I J] double.
+struct Planes {
+  Tensor lower_x, lower_y, upper_x, upper_y, lower, upper;
+};
+
 struct BoundsResult {
   Tensor lower, upper;                   // [B, S] or [B, *out]; undefined where not asked for
   std::vector<Tensor> A_lower, A_upper;  // return_linear, one per input: [B, S, n]; undefined if unused
@@ -104,6 +110,10 @@ class Context {
   const Lines& centred_lines(int64_t activation);  // with intercepts for value - centre; max2, min2: of their relu
   const PoolLines& centred_pool_lines(int64_t pool);
 
+  // bilinear.cpp
+  const Planes& planes(int64_t node);          // of Product and MatMul
+  const Planes& centred_planes(int64_t node);  // for values less their centres
+
   // charges.cpp
   Tensor absolute(int64_t i);              // [B, n]: largest |value|
   Tensor absolute_sum(int64_t i);          // [B] double: their sum
@@ -121,6 +131,12 @@ class Context {
  private:
   Box custom_step(const Node& node, const Box& in);
   Box reduced(const Node& node, const Box& in);
+  Box widened(const Box& box, const Tensor& slack);
+  Box bilinear_step(const Node& node);
+  Box limit_step(const Node& node);
+  Tensor normalisation_slack(const Node& node);
+  Tensor lost_products(const Node& node);
+  Tensor bilinear_charge(const Node& node, int64_t i, bool centred);
   void batch_statistics();
   void refine(int64_t i, bool all);
   Tensor unstable(int64_t i) const;
@@ -142,6 +158,7 @@ class Context {
   std::vector<Tensor> centres_;
   std::unordered_map<int64_t, Lines> lines_, relu_lines_, centred_lines_;
   std::unordered_map<int64_t, PoolLines> pool_lines_, centred_pool_lines_;
+  std::unordered_map<int64_t, Planes> planes_, centred_planes_;
   std::unordered_map<int64_t, std::array<Tensor, 2>> live_;  // columns, starts [B + 1]
   std::unordered_map<int64_t, Magnitudes> sizes_;
   std::unordered_map<int64_t, Tensor> radius_, charges_, relax_charges_;
