@@ -188,7 +188,9 @@ class Executor:
             elif node.op == "matmul":
                 left, right = (part.numpy() for part in inputs)
                 products = left[..., :, None, :] * np.swapaxes(right, -1, -2)[..., None, :, :]
-                results.append(torch.from_numpy(ordered_sums(products, "forward" if order == "fused" else order)))
+                results.append(
+                    torch.from_numpy(ordered_sums(products, "forward" if order == "fused" else order))
+                )
             elif order == "folded" and number in self.folded.values():
                 results.append(inputs[0])
             elif node.op == "batch_norm":

@@ -347,10 +347,22 @@ def gated(g):
 
 
 @network
+def products(g):
+    def multiply(self, x):
+        a, b = F.relu(self.first(x)).chunk(2, dim=1)
+        return self.second(a * b - a * x[:, :1]) * x[:, 1:3]
+
+    return Apply(multiply, first=nn.Linear(4, 6), second=nn.Linear(3, 2)), (4,)
+
+
+@network
 def matrix_products(g):
     def multiply(self, x):
         y = F.relu(self.first(x))
-        return self.head((y @ self.second(x).transpose(1, 2)).flatten(1)) - torch.einsum("bij,bkj->bik", y, y)[:, 0, :2]
+        return (
+            self.head((y @ self.second(x).transpose(1, 2)).flatten(1))
+            - torch.einsum("bij,bkj->bik", y, y)[:, 0, :2]
+        )
 
     return Apply(multiply, first=nn.Linear(4, 3), second=nn.Linear(4, 3), head=nn.Linear(4, 2)), (2, 4)
 
@@ -362,7 +374,12 @@ def softmax(g):
 
 @network
 def standardized(g):
-    norms = [lambda: nn.LayerNorm(5), lambda: nn.RMSNorm(5), lambda: nn.GroupNorm(2, 2), lambda: nn.InstanceNorm1d(2)]
+    norms = [
+        lambda: nn.LayerNorm(5),
+        lambda: nn.RMSNorm(5),
+        lambda: nn.GroupNorm(2, 2),
+        lambda: nn.InstanceNorm1d(2),
+    ]
     return nn.Sequential(nn.Linear(3, 5), norms[integer(g, 0, 3)](), nn.ReLU(), nn.Linear(5, 2)), (2, 3)
 
 

@@ -183,19 +183,19 @@ Tensor Context::normalisation_slack(const Node& node) {
 }
 
 // Values that are known to lie in [minimum, maximum]. In deployed mode an execution may be off by some roundings of
-// the value and by what underflows, and leave the range by as much.
+// the value and by what underflows, and leave the range by as much; and the value stands for another that is at most
+// eps away from it, which is the one in the range.
 Box Context::limit_step(const Node& node) {
   const auto& [lower, upper] = box(node.inputs[0]);
   Box in{lower, upper};
   Tensor least = at::full({1}, node.minimum, lower.options().dtype(at::kDouble)),
          most = at::full({1}, node.maximum, lower.options().dtype(at::kDouble));
+  const double relative = deployed() ? own_gamma(node.roundings) : 0;
+  const double lost = deployed() ? node.lost * tiny(dtype_) : 0, away = sound() ? node.eps : 0;
+  if (relative > 0 || lost > 0 || away > 0)
+    in = widened(in, absolute(node.inputs[0]).view_as(lower) * relative + (lost + away));
   if (deployed()) {
     at::NoGradGuard no_grad;
-    const double relative = own_gamma(node.roundings), lost = node.lost * tiny(dtype_);
-    if (relative > 0 || lost > 0) {
-      at::AutoGradMode with_grad(grad_);
-      in = widened(in, absolute(node.inputs[0]).view_as(lower) * relative + lost);
-    }
     Tensor slack = at::full_like(most, lost);
     if (node.inputs.size() == 3) slack = normalisation_slack(node).view_as(lower).to(at::kDouble) + lost;
     least = at::where(least.isfinite(), least - least.abs() * (relative * (1 + 1e-6)) - slack, least);

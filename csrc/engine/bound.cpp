@@ -356,8 +356,16 @@ std::pair<double, double> Context::estimate(const std::optional<Spec>& spec) {
   double held = 0, flops = 0, chunk_bytes = 0;
   const double element = double(c10::elementSize(dtype_)), batch = double(batch_);
   double widest = 0;
+  const bool ibp = options_.method == Method::Ibp;
   for (const Node& node : program_.nodes()) {
     held += 2 * element * batch * double(node.numel);
+    if (is_bilinear(node.op)) {  // four slopes of every product are kept, and their making takes some doubles
+      const auto& [parts, rows, terms, columns] = node.bilinear;
+      const double products = batch * double(parts) * double(rows) * double(terms) * double(columns);
+      held += ibp ? 0 : 4 * element * products;
+      flops += 8 * products;
+      widest = std::max(widest, 64 * products);
+    }
     if (node.op == Op::Linear || node.op == Op::Conv) {
       const Tensor w = weight(node);
       const double macs = node.op == Op::Linear ? double(node.numel) * double(w.size(1))
@@ -375,7 +383,6 @@ std::pair<double, double> Context::estimate(const std::optional<Spec>& spec) {
   if (options_.method == Method::Crown)
     for (int64_t i : program_.preactivations())
       if (!program_.node(i).interval_exact) walk(i, double(unstable(i).size(0)), true, 2, false, kChunkBytes);
-  const bool ibp = options_.method == Method::Ibp;
   if (!ibp || spec.has_value()) {
     const double rows = batch * double(spec.has_value() ? spec->count : program_.node(program_.output()).numel);
     walk(program_.output(), rows, !spec.has_value(), options_.side == Side::Both ? 2 : 1, ibp, kChunkBytes * 4);

@@ -199,6 +199,7 @@ Tensor Context::charge(int64_t i, bool centred) {
       if (deployed())
         e = absolute(node.inputs[0]) * roundings(0, node.roundings) +
             node.lost * (dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022);
+      if (node.eps > 0) e = (e.defined() ? e : at::zeros_like(absolute(node.inputs[0]))) + node.eps * (1 + 1e-6);
       break;
     case Op::Gather:
       if (node.multiplicity > 1) e = size(i) * roundings(double(node.multiplicity) + 1, 0);

@@ -363,7 +363,7 @@ BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
     auto [lower, upper] = concretise(states_[size_t(i)]);
     lower = lower.view(std::get<0>(box).sizes());
     upper = upper.view(std::get<1>(box).sizes());
-    if (c_.options().intersect) {
+    if (c_.options().intersect || node.op == Op::Limit) {
       lower = at::maximum(lower, std::get<0>(box));
       upper = at::minimum(upper, std::get<1>(box));
     }

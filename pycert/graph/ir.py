@@ -28,7 +28,8 @@ op                    params                     attrs and meaning
                                                  ``roundings`` of an execution beyond those of a plain sum
 ``limit``                                        a value known to lie in [``min``, ``max``] (infinite where absent).
                                                  An execution may be off by ``roundings`` of the value and ``lost``
-                                                 smallest normal numbers, and leave the range by as much; with
+                                                 smallest normal numbers, and leave the range by as much; what the
+                                                 value stands for is at most ``eps`` from it (0 where absent); with
                                                  inputs y, x, r (one shape, normalised over the last dimension)
                                                  also by what a mean's error makes of y = (x - mean) r
 ``avg_pool``                                     ``kernel, stride, padding`` (two ints each), ``ceil_mode``,

@@ -79,7 +79,9 @@ def of_values(tracer: Tracer, left: Traced, right: Traced, roundings: float = 0.
 @lowers("einsum")
 def einsum(tracer: Tracer, equation: Any, *operands: Any) -> Traced:
     """Two operands whose product is a (batched) matrix product: every label in two of the three terms."""
-    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    operands = (
+        tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    )
     simple = isinstance(equation, str) and len(operands) == 2 and "." not in equation
     hint = "of einsum, matrix products of two tensors are bounded; write it out with matmul, mul and sum"
     if not simple:
@@ -110,7 +112,10 @@ def einsum(tracer: Tracer, equation: Any, *operands: Any) -> Traced:
     def matrix(value: Traced, term: str, first: list[str], second: list[str]) -> Traced:
         order = [term.index(label) for label in (batch, *shared, *first, *second)]
         moved = indices(value).permute(order)[0]
-        shape = (*(sizes[s] for s in shared), *(math.prod(sizes[s] for s in part) for part in (first, second)))
+        shape = (
+            *(sizes[s] for s in shared),
+            *(math.prod(sizes[s] for s in part) for part in (first, second)),
+        )
         return tracer.wrap(tracer.gather(tracer.node(value), moved, shape), value.dtype)
 
     product = of_values(

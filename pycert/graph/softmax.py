@@ -14,17 +14,26 @@ from pycert.graph.tracer import Traced, Tracer, lowers
 
 @lowers("softmax")
 def softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -> Traced:
-    """``softmax(x)_i = 1 / (1 + sum_{j != i} exp(x_j - x_i))``: nothing overflows that matters.
+    """``softmax(x)_i = 1 / (1 + sum_{j != i} exp(x_j - x_i))``.
 
-    Elements that a mask has set to -inf are left out.
+    Differences are capped where the exponential would overflow: that moves values below exp(-cap), to values
+    below exp(-cap). Elements that a mask has set to -inf are left out.
     """
     _check(tracer, "softmax", input, dim, dtype)
-    total, masked, place, shape = _sums(tracer, input, dim)
+    total, masked, place, shape = _sums(tracer, input, dim, capped=True)
     node = tracer.node(activation(tracer, "reciprocal", total))
     # products by a rounded 1 / sum, and what exp loses: at most one smallest normal number for each term
     lost = float(shape[-1] + 4)
     limited = tracer.emit(
-        "limit", (node,), shape, min=0.0, max=1.0, roundings=8.0, lost=lost, helper=True
+        "limit",
+        (node,),
+        shape,
+        min=0.0,
+        max=1.0,
+        roundings=8.0,
+        lost=lost,
+        eps=math.exp(-_cap(input)),
+        helper=True,
     )
     place = torch.where(masked.flatten()[place], -1, place)
     return tracer.wrap(tracer.gather(limited, place, tuple(place.shape), helper=False), input.dtype)
@@ -32,9 +41,9 @@ def softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -
 
 @lowers("log_softmax")
 def log_softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -> Traced:
-    """``-log(1 + sum_{j != i} exp(x_j - x_i))``, never above 0."""
+    """``-log(1 + sum_{j != i} exp(x_j - x_i))``, never above 0; without lower bound where the sum overflows."""
     _check(tracer, "log_softmax", input, dim, dtype)
-    total, masked, place, shape = _sums(tracer, input, dim)
+    total, masked, place, shape = _sums(tracer, input, dim, capped=False)
     if bool(masked.any()):
         tracer.refuse("log_softmax of elements masked by -inf", "mask by a large negative number, as -1e4")
     node = tracer.node(neg(tracer, activation(tracer, "log", total)))
@@ -47,6 +56,11 @@ def softmin(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -
     return softmax(tracer, neg(tracer, input), dim, dtype)
 
 
+def _cap(input: Traced) -> float:
+    """The largest difference whose exponential is taken."""
+    return 80.0 if input.dtype == torch.float32 else 700.0
+
+
 def _check(tracer: Tracer, name: str, input: Traced, dim: Any, dtype: Any) -> None:
     if dtype not in (None, False, input.dtype):  # torch._softmax has a flag in its place
         tracer.refuse(f"{name} with dtype={dtype} of {input.dtype}", "leave dtype out")
@@ -55,7 +69,7 @@ def _check(tracer: Tracer, name: str, input: Traced, dim: Any, dtype: Any) -> No
 
 
 def _sums(
-    tracer: Tracer, input: Traced, dim: int
+    tracer: Tracer, input: Traced, dim: int, capped: bool
 ) -> tuple[Traced, torch.Tensor, torch.Tensor, tuple[int, ...]]:
     """``1 + sum_{j != i} exp(x_j - x_i)`` for every element, ``[R, n]`` with ``dim`` last.
 
@@ -77,8 +91,10 @@ def _sums(
     left = index[:, others]
     right = index[:, :, None].expand(wide)
     pair = (tracer.gather(source, left, wide), tracer.gather(source, right, wide))
-    difference = tracer.emit("add", pair, wide, sign=-1, helper=True)
-    terms = tracer.node(activation(tracer, "exp", tracer.wrap(difference, input.dtype)))
+    difference = tracer.wrap(tracer.emit("add", pair, wide, sign=-1, helper=True), input.dtype)
+    if capped:
+        difference = activation(tracer, "clamp", difference, min=-math.inf, max=_cap(input))
+    terms = tracer.node(activation(tracer, "exp", difference))
     hidden = masked[:, others]
     if bool(hidden.any()):
         kept = torch.arange(math.prod(wide), device="cpu").reshape(wide)
@@ -91,9 +107,7 @@ def _sums(
     return tracer.wrap(limited, input.dtype), masked, place, wide[:-1]
 
 
-def _unmasked(
-    tracer: Tracer, node: int, rows: int, count: int
-) -> tuple[int, torch.Tensor, torch.Tensor]:
+def _unmasked(tracer: Tracer, node: int, rows: int, count: int) -> tuple[int, torch.Tensor, torch.Tensor]:
     """A node without -inf, where the elements ``[R, n]`` stand in it, and which of them are -inf."""
     index = torch.arange(rows * count, device="cpu")
     source = tracer.builder.behind_reshape(node)

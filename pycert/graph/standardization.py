@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pycert.graph.elementwise import activation, add, mul
 from pycert.graph.normalization import functional as batch_norm
@@ -102,9 +101,7 @@ def _divided(tracer: Tracer, value: int, original: int | None, eps: float) -> in
     shape = tracer.shape(value)
     count = shape[-1]
     squares = tracer.node(activation(tracer, "square", tracer.wrap(value)))
-    variance = tracer.emit(
-        "sum", (squares,), shape[:1], divisor=float(count), roundings=16.0, helper=True
-    )
+    variance = tracer.emit("sum", (squares,), shape[:1], divisor=float(count), roundings=16.0, helper=True)
     safe = tracer.node(add(tracer, tracer.wrap(variance), eps))
     safe = tracer.emit("limit", (safe,), shape[:1], min=eps, roundings=4.0, lost=0.0, helper=True)
     root = activation(tracer, "sqrt", tracer.wrap(safe))

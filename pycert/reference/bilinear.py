@@ -52,9 +52,7 @@ def _least_corner(ends: list[Tensor], f: Callable[[Tensor, Tensor], Tensor]) -> 
     return torch.minimum(first, torch.minimum(f(x_high, y_low), f(x_high, y_high)))
 
 
-def interval(
-    node: Node, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def interval(node: Node, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The least box of a product of boxes, each end ``[B, *shape]``."""
     ends = _factors(node, x, y)
     low = _least_corner(ends, lambda a, b: a * b).sum(3)
@@ -66,7 +64,12 @@ def planes(node: Node, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Pl
     """Planes of least volume around the products; of those, the ones whose ends over the box are the tightest."""
     ends = _factors(node, x, y)
     x_low, x_high, y_low, y_high = ends
-    x_mid, y_mid, x_width, y_width = (x_low + x_high) / 2, (y_low + y_high) / 2, x_high - x_low, y_high - y_low
+    x_mid, y_mid, x_width, y_width = (
+        (x_low + x_high) / 2,
+        (y_low + y_high) / 2,
+        x_high - x_low,
+        y_high - y_low,
+    )
     x_share, y_share = _share(x_mid, x_width), _share(y_mid, y_width)
     below = ((x_share + y_share) / -2).clamp(-0.5, 0.5)
     above = ((x_share - y_share) / -2).clamp(-0.5, 0.5)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from pycert.graph.ir import ACTIVATIONS, AFFINE, BILINEAR, Graph, Node
-from pycert.reference import graph as execution
 from pycert.reference import bilinear, pooling
+from pycert.reference import graph as execution
 from pycert.reference.activations import interval_image, lines, unstable
 
 METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
@@ -170,7 +170,8 @@ class Walk:
             self.linear.append(self._forward(number, node))
             if number in self.refined:
                 found, interval = self._forward_interval(number), self.bounds[number]
-                self.bounds[number] = _intersection(found, interval) if self.intersect else found
+                known = self.intersect or node.op == "limit"
+                self.bounds[number] = _intersection(found, interval) if known else found
         elif number in self.first and self.region.p != float("inf"):
             everywhere = torch.ones_like(self.bounds[number].lower, dtype=torch.bool)
             self.bounds[number] = self._refine(number, everywhere, intersect=True)
