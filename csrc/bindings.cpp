@@ -46,6 +46,9 @@ const std::unordered_map<std::string, Op>& op_names() {
                                                             {"max_pool", Op::MaxPool},
                                                             {"max2", Op::Max2},
                                                             {"min2", Op::Min2},
+                                                            {"product", Op::Product},
+                                                            {"matmul", Op::MatMul},
+                                                            {"limit", Op::Limit},
                                                             {"reshape", Op::Reshape},
                                                             {"gather", Op::Gather},
                                                             {"concat", Op::Concat},
@@ -112,6 +115,8 @@ Node node_of(const py::dict& d) {
   read(attrs, "max", node.maximum);
   read(attrs, "threshold", node.maximum);
   read(attrs, "sign", node.sign);
+  read(attrs, "roundings", node.roundings);
+  read(attrs, "lost", node.lost);
   read(attrs, "module", node.module);
   read(attrs, "name", node.name);
   if (attrs.contains("value") && !attrs["value"].is_none()) node.value = py::cast<double>(attrs["value"]);

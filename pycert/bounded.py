@@ -402,7 +402,7 @@ class BoundedModule(nn.Module):
 def _hidden_slots(graph: Graph) -> list[int]:
     """Slots whose NaN no bound would show: an operator of bounded range stands behind them."""
     ops = {node.op for node in graph.nodes}
-    bounded = {"sigmoid", "tanh", "clamp", "custom", "softsign", "sin", "cos"} | (
+    bounded = {"sigmoid", "tanh", "clamp", "custom", "softsign", "sin", "cos", "limit"} | (
         {"max2", "min2"} if {"max2", "min2"} <= ops else set()
     )
     before = [False] * len(graph.nodes)

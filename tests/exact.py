@@ -89,6 +89,8 @@ class ExactNetwork:
                 found.append((value, value))
             elif node.op in ("max_pool", "max2", "min2"):
                 found.append(self._extremum(node, [found[i] for i in node.inputs]))
+            elif node.op in ("product", "matmul"):
+                found.append(self._product(node, [found[i] for i in node.inputs]))
             elif node.op in _ELEMENTWISE:
                 low, high = found[node.inputs[0]]
                 found.append(self._images(node, low, high))
@@ -167,6 +169,19 @@ class ExactNetwork:
             least = np.where(crosses, np.minimum(least, Fraction(0)), least)
             most = np.where(crosses, np.maximum(most, Fraction(0)), most)
         return least, most
+
+    def _product(self, node: Node, inputs):
+        shapes = [self.graph.nodes[i].shape for i in node.inputs]
+        ends = [[end.reshape(shape) for end in box] for box, shape in zip(inputs, shapes)]
+        if node.op == "matmul":  # [..., I, 1, K] and [..., 1, J, K]
+            left, right = ends
+            ends = [[e[..., :, None, :] for e in left], [e.swapaxes(-1, -2)[..., None, :, :] for e in right]]
+        corners = [x * y for x in ends[0] for y in ends[1]]
+        low, high = (f.reduce(np.broadcast_arrays(*corners)) for f in (np.minimum, np.maximum))
+        if node.op == "matmul":
+            low, high = low.sum(-1), high.sum(-1)
+        low, high = low.flatten(), high.flatten()
+        return (low, low) if all(box[0] is box[1] for box in inputs) else (low, high)
 
     def _extremum(self, node: Node, inputs):
         if node.op != "max_pool":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nets import box_of
-from pycert.graph.ir import ACTIVATIONS, AFFINE, Graph, Node
+from pycert.graph.ir import ACTIVATIONS, AFFINE, BILINEAR, Graph, Node
 from pycert.reference import curves
 from pycert.reference import graph as execution
 from pycert.reference.bounds import Interval, Walk
@@ -62,6 +62,14 @@ class Judge:
             return steepest * errors[0] + 32 * ROUNDOFF * (1 + magnitude[0].minimum(torch.ones(())))
         if node.op == "max_pool":
             return execution.apply(node, walk.slots, errors[0])
+        if node.op in BILINEAR:
+            (x, y), (dx, dy) = magnitude, errors
+            product = {"product": torch.mul, "matmul": torch.matmul}[node.op]
+            terms = self.graph.nodes[node.inputs[0]].shape[-1] if node.op == "matmul" else 1
+            grown = product(dx, y + dy) + product(x, dy)
+            return torch.nan_to_num(grown, nan=math.inf) + 2 * (terms + 8) * ROUNDOFF * product(x, y)
+        if node.op == "limit":
+            return errors[0]
         return errors[0].maximum(errors[1])
 
     def _curved_error(self, node: Node, box: Interval, error: Tensor) -> Tensor:
@@ -177,6 +185,12 @@ class Executor:
                 results.append(value.expand(len(x), *node.shape))
             elif number in self.matrices:
                 results.append(self._product(number, inputs[0], order))
+            elif node.op == "matmul":
+                left, right = (part.numpy() for part in inputs)
+                products = left[..., :, None, :] * np.swapaxes(right, -1, -2)[..., None, :, :]
+                results.append(
+                    torch.from_numpy(ordered_sums(products, "forward" if order == "fused" else order))
+                )
             elif order == "folded" and number in self.folded.values():
                 results.append(inputs[0])
             elif node.op == "batch_norm":

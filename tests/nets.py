@@ -334,6 +334,94 @@ def prelu_channels(g):
     ), (1, 4, 5)  # fmt: skip
 
 
+@network
+def gated(g):
+    """Products and a quotient of values, broadcasting included."""
+
+    def gate(self, x):
+        a, b = self.first(x).chunk(2, dim=1)
+        y = a * b + a * self.third(x)[:, :1]
+        return self.second(y) / (1 + self.third(x).abs())
+
+    return Apply(gate, first=nn.Linear(4, 6), second=nn.Linear(3, 2), third=nn.Linear(4, 2)), (4,)
+
+
+@network
+def products(g):
+    def multiply(self, x):
+        a, b = F.relu(self.first(x)).chunk(2, dim=1)
+        return self.second(a * b - a * x[:, :1]) * x[:, 1:3]
+
+    return Apply(multiply, first=nn.Linear(4, 6), second=nn.Linear(3, 2)), (4,)
+
+
+@network
+def matrix_products(g):
+    def multiply(self, x):
+        y = F.relu(self.first(x))
+        return (
+            self.head((y @ self.second(x).transpose(1, 2)).flatten(1))
+            - torch.einsum("bij,bkj->bik", y, y)[:, 0, :2]
+        )
+
+    return Apply(multiply, first=nn.Linear(4, 3), second=nn.Linear(4, 3), head=nn.Linear(4, 2)), (2, 4)
+
+
+@network
+def softmax(g):
+    return nn.Sequential(nn.Linear(3, 4), nn.Softmax(-1), nn.Linear(4, 3), nn.LogSoftmax(-1)), (2, 3)
+
+
+@network
+def standardized(g):
+    norms = [
+        lambda: nn.LayerNorm(5),
+        lambda: nn.RMSNorm(5),
+        lambda: nn.GroupNorm(2, 2),
+        lambda: nn.InstanceNorm1d(2),
+    ]
+    return nn.Sequential(nn.Linear(3, 5), norms[integer(g, 0, 3)](), nn.ReLU(), nn.Linear(5, 2)), (2, 3)
+
+
+@network
+def attention(g):
+    """A block of a transformer: multi-head attention and a GELU network, both residual, with LayerNorm."""
+
+    def block(self, x):
+        y = self.before(x)
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(y).view(x.shape[0], 3, 3, 2, 2).unbind(2))
+        shares = (q @ k.transpose(-2, -1) / 2**0.5).softmax(-1)
+        x = x + self.out((shares @ v).transpose(1, 2).reshape(x.shape))
+        x = x + self.second(F.gelu(self.first(self.after(x))))
+        return self.head(x.mean(1))
+
+    return Apply(
+        block, before=nn.LayerNorm(4), qkv=nn.Linear(4, 12), out=nn.Linear(4, 4), after=nn.LayerNorm(4),
+        first=nn.Linear(4, 6), second=nn.Linear(6, 4), head=nn.Linear(4, 2),
+    ), (3, 4)  # fmt: skip
+
+
+@network
+def fused_attention(g):
+    """The functional and the module, with a mask."""
+
+    def attend(self, x):
+        y = self.layer(x, x, x, need_weights=False)[0]
+        return self.head(F.scaled_dot_product_attention(y, x, x, is_causal=True).flatten(1))
+
+    layer = nn.MultiheadAttention(4, 2, batch_first=True)
+    return Apply(attend, layer=layer, head=nn.Linear(8, 2)), (2, 4)
+
+
+@network
+def conv_three_dimensional(g):
+    return nn.Sequential(
+        nn.Conv3d(2, 4, (2, 3, 2), stride=(1, 2, 1), padding=1, groups=2), nn.BatchNorm3d(4), nn.ReLU(),
+        nn.ConvTranspose3d(4, 2, (2, 2, 1), stride=(2, 1, 1), padding=(1, 0, 0), output_padding=(1, 0, 0)), nn.ReLU(),
+        nn.Conv3d(2, 2, 2, dilation=(2, 1, 1)), nn.Flatten(), nn.LazyLinear(2),
+    ), (2, 3, 4, 2)  # fmt: skip
+
+
 # Regions.
 
 REGIONS: dict[str, Callable[[torch.Generator, Tensor], pycert.LpBall | pycert.Box]] = {}

@@ -16,7 +16,10 @@ from pycert.reference import bounds as reference
 METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
 F64 = torch.float64
 # Lines around curved activations may be chosen differently; they have tests of their own.
-CURVES = "mlp_elu mlp_silu mlp_gelu mlp_softplus mlp_hard mlp_shrink mlp_exp_log mlp_roots mlp_waves".split()
+CURVES = (
+    "mlp_elu mlp_silu mlp_gelu mlp_softplus mlp_hard mlp_shrink mlp_exp_log mlp_roots mlp_waves "
+    "gated softmax standardized attention fused_attention".split()
+)
 CURVED = {
     name
     for name in nets.BUILDERS
@@ -128,7 +131,8 @@ def test_linear_bounds_concretise_to_the_bounds(name, method):
 
 GRADIENT_NETS = ["mlp_relu", "mlp_leaky_relu", "mlp_prelu", "conv_plain", "conv_transposed", "residual",
                  "batch_norm_conv", "batch_norm_linear", "shared_layer", "concatenated", "constants", "max_min",
-                 "normalized", "pools", "mlp_hardtanh", "mlp_abs", "conv_grouped_dilated"]  # fmt: skip
+                 "normalized", "pools", "mlp_hardtanh", "mlp_abs", "conv_grouped_dilated", "products", "matrix_products",
+                 "conv_three_dimensional"]  # fmt: skip
 
 
 def gradients(objective: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -161,7 +165,9 @@ def test_gradients_equal_the_reference(name, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["mlp_relu", "mlp_tanh", "mlp_sigmoid", "conv_plain", "residual", "max_min"])
+@pytest.mark.parametrize(
+    "name", ["mlp_relu", "mlp_tanh", "mlp_sigmoid", "conv_plain", "residual", "max_min", "gated", "attention"]
+)
 def test_gradcheck(name, method):
     """Numerical derivatives along random directions, away from kinks."""
     net, bm, _, x = setup(name, seed=1, batch=2)

@@ -20,6 +20,7 @@ SMALL = [
     "conv_plain", "conv_grouped_dilated", "conv_one_dimensional", "conv_transposed", "batch_norm_linear",
     "batch_norm_conv", "max_pool_dilated", "normalized", "residual", "shared_layer", "two_linears_added",
     "concatenated", "constants", "max_min", "pools_ceil", "affine_only", "activation_first", "prelu_channels",
+    "products", "matrix_products", "conv_three_dimensional",
 ]  # fmt: skip
 
 

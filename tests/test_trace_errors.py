@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,14 +30,10 @@ LAYERS = {
     "elu": (nn.ELU(-1.0), (3,), "elu with alpha=-1", "negative"),
     "celu": (nn.CELU(-1.0), (3,), "celu with alpha=-1", "positive"),
     "softplus": (nn.Softplus(0.0), (3,), "softplus with beta=0", "beta not 0"),
-    "softmax": (nn.Softmax(1), (3,), "Softmax", "logits"),
-    "layer_norm": (nn.LayerNorm(3), (3,), "LayerNorm", "BatchNorm"),
-    "group_norm": (nn.GroupNorm(1, 4), (4, 3), "GroupNorm", "BatchNorm"),
-    "instance_norm": (nn.InstanceNorm2d(2), (2, 3, 3), "InstanceNorm2d", "BatchNorm"),
-    "conv3d": (nn.Conv3d(1, 1, 2), (1, 3, 3, 3), "Conv3d", "Conv2d"),
-    "lstm": (nn.LSTM(3, 3, batch_first=True), (2, 3), "LSTM", "affine"),
-    "attention": (nn.TransformerEncoderLayer(4, 1, 4, batch_first=True), (2, 4), "", ""),
-    "bilinear": (Apply(lambda m, x: m.layer(x, x), layer=nn.Bilinear(3, 3, 2)), (3,), "Bilinear", "F.linear"),
+    "lstm": (nn.LSTM(3, 3, batch_first=True), (2, 3), "LSTM", "loop over time"),
+    "local_response_norm": (nn.LocalResponseNorm(2), (4, 3), "LocalResponseNorm", ""),
+    "attention_over_the_batch": (nn.TransformerEncoderLayer(4, 1, 4), (2, 4), "batch_first=False", "True"),
+    "bilinear": (Apply(lambda m, x: m.layer(x, x), layer=nn.Bilinear(3, 3, 2)), (3,), "Bilinear", "matmul"),
     "adaptive_max": (nn.AdaptiveMaxPool2d(2), (1, 3, 4), "AdaptiveMaxPool2d", "max_pool2d"),
     "max_pool_indices": (nn.MaxPool2d(2, return_indices=True), (1, 4, 4), "MaxPool2d", "leave the indices"),
     "batch_norm_statistics": (nn.BatchNorm1d(3, track_running_stats=False), (3,), "track_running_stats", "True"),
@@ -44,20 +42,23 @@ LAYERS = {
 }  # fmt: skip
 
 FUNCTIONS = {
-    "product": (lambda m, x: x * x.flip(1), "a product of two values", "one factor"),
-    "matrix_product": (lambda m, x: x.unsqueeze(1) @ x.unsqueeze(2), "a matrix product of two values", "one factor"),
-    "quotient": (lambda m, x: x / x.sum(1, keepdim=True), "a quotient of two values", "divisor"),
     "power": (lambda m, x: x**3, "pow", "0.5"),
     "power_of_a_constant": (lambda m, x: 2**x, "pow", ""),
     "logarithm": (lambda m, x: x.log1p(), "log1p", "register_activation"),
     "floor_division": (lambda m, x: x // 2, "floordiv", "without rounding"),
-    "softmax": (lambda m, x: F.softmax(x, dim=1), "softmax", "logits"),
+    "softmax_without_dim": (lambda m, x: F.softmax(x), "softmax without dim", "name"),
+    "softmax_of_another_type": (lambda m, x: F.softmax(x, 1, dtype=torch.float64), "softmax with dtype", "leave"),
+    "softmax_of_nothing": (lambda m, x: x.masked_fill(torch.ones(3, dtype=torch.bool), -math.inf).softmax(1), "all -inf", "unmasked"),
+    "matrix_product_of_two_ranks": (lambda m, x: x.unsqueeze(1) @ x, "of 3 and 2 dimensions", "the batch first"),
+    "attention_dropout": (lambda m, x: _attended(x, dropout_p=0.1), "attention with dropout_p", "repeat key"),
+    "attention_mask_of_values": (lambda m, x: _attended(x, attn_mask=x.unsqueeze(1)), "a mask that depends", "constants"),
     "threshold": (lambda m, x: F.threshold(x, 1.0, 0.0), "threshold at 1", "clamp"),
     "norm": (lambda m, x: x.norm(dim=1), "norm", "sum"),
     "variance": (lambda m, x: x.var(1), "var", "mean"),
     "sort": (lambda m, x: x.sort(1)[0], "sort", "GroupSort"),
     "max_over_dimension": (lambda m, x: x.max(1)[0], "max or min over a dimension", "amax"),
-    "einsum": (lambda m, x: torch.einsum("bi,i->b", x, torch.ones(3)), "einsum", "F.linear"),
+    "einsum": (lambda m, x: torch.einsum("bi,bj,bk->bijk", x, x, x), "einsum", "matmul"),
+    "einsum_trace": (lambda m, x: torch.einsum("bii,bi->b", x.unsqueeze(2), x), "einsum", "matmul"),
     "comparison": (lambda m, x: (x > 0) * 1.0, "gt", "relu"),
     "control_flow": (lambda m, x: x if x[:, 0] else -x, "bool", "control flow"),
     "item": (lambda m, x: x * x[:, 0].item(), "item", "not known"),
@@ -112,6 +113,10 @@ def _filled(target: Tensor, value: Tensor | float, index: int | slice = slice(No
     return target
 
 
+def _attended(x: Tensor, **options: Any) -> Tensor:
+    return F.scaled_dot_product_attention(x.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1), **options)
+
+
 def _possible_view(x: Tensor) -> Tensor:
     y = x * 2
     y.reshape(-1, 3).relu_()
@@ -150,10 +155,10 @@ def test_the_batch_stays_first_and_samples_apart(name):
 def test_the_source_line_is_that_of_the_forward():
     def forward(m, x):
         y = x + 1
-        return y * x
+        return y.cumsum(1)
 
     line = forward.__code__.co_firstlineno + 2
-    assert f"line {line}" in refused(Apply(forward), 3, match="product").hint
+    assert f"line {line}" in refused(Apply(forward), 3, match="cumsum").hint
 
 
 def test_weights_that_depend_on_the_input():

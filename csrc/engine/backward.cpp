@@ -6,6 +6,7 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/index_add.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/stack.h>
@@ -294,6 +295,12 @@ void Walk::step(int64_t i, Rows rows) {
       return average(i, std::move(rows));
     case Op::MaxPool:
       return pool(i, std::move(rows));
+    case Op::Product:
+    case Op::MatMul:
+      return bilinear(i, std::move(rows));
+    case Op::Limit:
+      constants(i, rows, {}, context_.charge(i, centred_));
+      return give(node.inputs[0], std::move(rows));
     case Op::Max2:
     case Op::Min2: {  // max(a, b) = b + relu(a - b), min(a, b) = a - relu(a - b)
       rows = written(i, std::move(rows));
@@ -504,22 +511,26 @@ void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
   give(input, std::move(next));
 }
 
+// Runs of rows of one sample.
+void Walk::find_segments() {
+  if (segments_.defined()) return;
+  std::vector<int64_t> starts{0}, samples;
+  const Tensor sample = index_.sample.contiguous();
+  const int64_t* of = sample.const_data_ptr<int64_t>();
+  for (int64_t q = 0; q < index_.count(); ++q) {
+    if (q > 0 && of[q] != of[q - 1]) starts.push_back(q);
+    if (samples.size() < starts.size()) samples.push_back(of[q]);
+  }
+  starts.push_back(index_.count());
+  segments_ = at::tensor(starts);
+  segment_samples_ = samples;
+}
+
 // Columns that the ReLU after value i leaves alive, where every sample has rows enough to pay for a product of its own.
 LiveColumns Walk::live_columns(int64_t value) {
   constexpr int64_t kRowsThatPay = 48;
   constexpr double kShareThatPays = 0.85;
-  if (!segments_.defined()) {
-    std::vector<int64_t> starts{0}, samples;
-    const Tensor sample = index_.sample.contiguous();
-    const int64_t* of = sample.const_data_ptr<int64_t>();
-    for (int64_t q = 0; q < index_.count(); ++q) {
-      if (q > 0 && of[q] != of[q - 1]) starts.push_back(q);
-      if (samples.size() < starts.size()) samples.push_back(of[q]);
-    }
-    starts.push_back(index_.count());
-    segments_ = at::tensor(starts);
-    segment_samples_ = samples;
-  }
+  find_segments();
   const int64_t count = int64_t(segment_samples_.size());
   if (count == 0 || (count > 1 && index_.count() < count * kRowsThatPay)) return {};
   return context_.live_columns(value, segments_, segment_samples_, kShareThatPays);
@@ -695,6 +706,59 @@ void Walk::average(int64_t i, Rows rows) {
   give(node.inputs[0], std::move(rows));
 }
 
+// Terms [Q, n] of the constant in double, each off by `error` of itself.
+void Walk::add_constant(const Tensor& term, double error) {
+  const Tensor magnitude = term.detach().abs().sum(1);
+  sums_ = sums_ + at::stack({term.sum(1), magnitude, magnitude * error});
+  terms_ += double(term.size(1));
+}
+
+// Through planes around products: coefficients of either sign meet their own plane. A matrix product's slopes are
+// multiplied sample by sample, so that nothing of the size of rows times products is formed.
+void Walk::bilinear(int64_t i, Rows rows) {
+  const Node& node = context_.program().node(i);
+  const Planes& planes = centred_ ? context_.centred_planes(i) : context_.planes(i);
+  const auto [parts, height, terms, width] = node.bilinear;
+  constants(i, rows, {}, context_.charge(i, centred_));
+  underflow(node.inputs[0], double(width));
+  underflow(node.inputs[1], double(height));
+  rows = own(i, dense(i, std::move(rows)));
+  const Tensor flat = rows.data.flatten(1), positive = flat.clamp_min(0), negative = flat.clamp_max(0);
+  const auto of_rows = [&](const Tensor& t) { return t.flatten(1).index_select(0, index_.sample); };
+  const auto weighed = [&](const Tensor& coefficients, const Tensor& constants) {  // 0 * inf counts as nothing
+    return at::where(coefficients.eq(0), 0.0, coefficients.to(at::kDouble) * of_rows(constants));
+  };
+  add_constant(weighed(positive, planes.lower) + weighed(negative, planes.upper), 0);
+  Rows left, right;
+  if (node.op == Op::Product) {
+    left.data = positive * of_rows(planes.lower_x) + negative * of_rows(planes.upper_x);
+    right.data = positive * of_rows(planes.lower_y) + negative * of_rows(planes.upper_y);
+  } else {
+    PrecisionGuard guard;
+    find_segments();
+    const int64_t* starts = segments_.const_data_ptr<int64_t>();
+    std::vector<Tensor> to_left, to_right;
+    for (size_t s = 0; s < segment_samples_.size(); ++s) {
+      const int64_t sample = segment_samples_[s], count = starts[s + 1] - starts[s];
+      // rows [P, I, Q, J] times slopes [P, I, J, K], rows [P, J, Q, I] times slopes [P, J, I, K]
+      const auto times = [&](const Tensor& coefficients, const Tensor& slopes, bool by_column) {
+        const Tensor mine = coefficients.narrow(0, starts[s], count).view({count, parts, height, width});
+        const Tensor of_sample = slopes.select(0, sample);
+        return by_column ? at::matmul(mine.permute({1, 3, 0, 2}), of_sample.permute({0, 3, 1, 2}))
+                         : at::matmul(mine.permute({1, 2, 0, 3}), of_sample.permute({0, 1, 3, 2}));
+      };
+      const Tensor x = times(positive, planes.lower_x, false) + times(negative, planes.upper_x, false);
+      const Tensor y = times(positive, planes.lower_y, true) + times(negative, planes.upper_y, true);
+      to_left.push_back(x.permute({2, 0, 1, 3}).reshape({count, parts * height * terms}));
+      to_right.push_back(y.permute({2, 0, 3, 1}).reshape({count, parts * terms * width}));
+    }
+    left.data = at::cat(to_left);
+    right.data = at::cat(to_right);
+  }
+  give(node.inputs[0], std::move(left));
+  give(node.inputs[1], std::move(right));
+}
+
 void Walk::pool(int64_t i, Rows rows) {
   const Node& node = context_.program().node(i);
   const PoolLines& lines = centred_ ? context_.centred_pool_lines(i) : context_.pool_lines(i);
@@ -708,12 +772,8 @@ void Walk::pool(int64_t i, Rows rows) {
   const Tensor ceiling = of_rows(lines.constant);
   Tensor term = at::where(negative.eq(0), 0.0, negative * ceiling).to(at::kDouble);
   if (lines.lower_constant.defined()) term = term + (positive * of_rows(lines.lower_constant)).to(at::kDouble);
-  const Tensor constant = term.sum(1);
   const double slack = context_.dtype() == at::kFloat ? 0x1p-24 : 0x1p-53;
-  const Tensor magnitude = term.detach().abs().sum(1);
-  const Tensor error = context_.sound() ? magnitude * (2 * slack) : at::zeros_like(magnitude);
-  sums_ = sums_ + at::cat({constant.unsqueeze(0), magnitude.unsqueeze(0), error.unsqueeze(0)});
-  terms_ += double(node.numel);
+  add_constant(term, context_.sound() ? 2 * slack : 0);
   const int64_t in = context_.program().node(node.inputs[0]).numel;
   const Tensor kept = node.pool_index.flatten().ge(0).nonzero().flatten();
   Rows next;

@@ -71,6 +71,9 @@ class Walk {
   void scale(int64_t i, Rows rows);
   void gather(int64_t i, Rows rows);
   void pool(int64_t i, Rows rows);
+  void bilinear(int64_t i, Rows rows);
+  void find_segments();
+  void add_constant(const Tensor& term, double error);
   void average(int64_t i, Rows rows);
   void sum(int64_t i, Rows rows);
   void concretise(int64_t i, Rows rows);

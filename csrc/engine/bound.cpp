@@ -162,6 +162,13 @@ RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool sto
         if (!s.unit) cost.flops += 2.0 * size * double(w.numel() / w.size(0));
         break;
       }
+      case Op::Product:
+      case Op::MatMul: {
+        const auto& [parts, rows, terms, columns] = node.bilinear;
+        for (int64_t input : node.inputs) give(input, false, Window());
+        cost.flops += 8.0 * double(parts) * double(rows) * double(terms) * double(columns);
+        break;
+      }
       case Op::Add:
         give(node.inputs[0], s.unit, s.window);
         give(node.inputs[1], s.unit, s.window);
@@ -170,6 +177,7 @@ RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool sto
       case Op::MulConst:
       case Op::DivConst:
       case Op::AddConst:
+      case Op::Limit:
         give(node.inputs[0], s.unit, s.window);
         break;
       case Op::Reshape:
@@ -244,7 +252,7 @@ void Context::refine(int64_t i, bool all) {
             });
   Tensor lower = at::cat(lowers), upper = at::cat(uppers);
   const Tensor flat_lower = old_lower.reshape({batch_, -1}), flat_upper = old_upper.reshape({batch_, -1});
-  if (all || options_.intersect) {
+  if (all || options_.intersect || node.op == Op::Limit) {
     lower = at::maximum(lower, flat_lower.index({sample, element}));
     upper = at::minimum(upper, flat_upper.index({sample, element}));
   }
@@ -391,6 +399,13 @@ std::pair<double, double> Context::estimate(const std::optional<Spec>& spec) {
       held = std::max(held, boxes);
     } else {
       held += boxes;
+    }
+    if (is_bilinear(node.op)) {  // four slopes of every product are kept, and their making takes some doubles
+      const auto& [parts, rows, terms, columns] = node.bilinear;
+      const double products = batch * double(parts) * double(rows) * double(terms) * double(columns);
+      held += ibp ? 0 : 4 * element * products;
+      flops += 8 * products;
+      widest = std::max(widest, 64 * products);
     }
     if (node.op == Op::Linear || node.op == Op::Conv) {
       const Tensor w = weight(node);

@@ -165,11 +165,13 @@ Tensor Context::charge(int64_t i, bool centred) {
       break;
     case Op::Add:
       e = absolute(i) * roundings(0, 2);
+      if (node.roundings > 0)
+        e = e + (absolute(node.inputs[0]) + absolute(node.inputs[1])) * roundings(0, node.roundings);
       break;
     case Op::Sum: {
       const int64_t terms = program_.node(node.inputs[0]).shape.back();
       e = size(node.inputs[0]).view({batch_, -1, terms}).sum(-1) *
-          (roundings(4, double(terms) + 2) * (1 + 1e-3) / std::abs(node.divisor));
+          (roundings(4, double(terms) + 2 + node.roundings) * (1 + 1e-3) / std::abs(node.divisor));
       break;
     }
     case Op::AvgPool: {
@@ -189,13 +191,25 @@ Tensor Context::charge(int64_t i, bool centred) {
           (roundings(taps + 4, 0) * (1 + 1e-3));
       break;
     }
+    case Op::Product:
+    case Op::MatMul:
+      e = bilinear_charge(node, i, centred);
+      break;
+    case Op::Limit:
+      if (deployed())
+        e = absolute(node.inputs[0]) * roundings(0, node.roundings) +
+            node.lost * (dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022);
+      if (node.eps > 0) e = (e.defined() ? e : at::zeros_like(absolute(node.inputs[0]))) + node.eps * (1 + 1e-6);
+      break;
     case Op::Gather:
       if (node.multiplicity > 1) e = size(i) * roundings(double(node.multiplicity) + 1, 0);
       break;
     default:
       break;
   }
-  if (centred && node.op != Op::Linear && node.op != Op::Conv && node.op != Op::MaxPool && node.op != Op::Reshape) {
+  const bool exact_centre = is_bilinear(node.op) || node.op == Op::Limit || node.op == Op::MaxPool ||
+                            node.op == Op::Reshape || node.op == Op::Linear || node.op == Op::Conv;
+  if (centred && !exact_centre) {
     const Tensor rest = centre(i).abs() * (2 * (dtype_ == at::kFloat ? 0x1p-24 : 0x1p-53));  // the centre's rounding
     e = e.defined() ? e + rest : rest;
   }

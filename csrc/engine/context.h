@@ -68,6 +68,12 @@ struct PoolLines {
   Tensor lower_constant;          // [B, n]; undefined: 0
 };
 
+// Planes around products, lower_x x + lower_y y + lower <= x y <= upper_x x + upper_y y + upper, summed over k of
+// Node::bilinear: slopes [B, P, I, K, J], constants [B, P I J] double.
+struct Planes {
+  Tensor lower_x, lower_y, upper_x, upper_y, lower, upper;
+};
+
 struct BoundsResult {
   Tensor lower, upper;                   // [B, S] or [B, *out]; undefined where not asked for
   std::vector<Tensor> A_lower, A_upper;  // return_linear, one per input: [B, S, n]; undefined if unused
@@ -125,6 +131,10 @@ class Context {
   // Intercepts of lower lines with slopes [G, n] within their range, row g for sample[g]; undefined: 0.
   Tensor free_intercept(int64_t activation, const Tensor& slopes, const Tensor& sample, bool centred);
 
+  // bilinear.cpp
+  const Planes& planes(int64_t node);          // of Product and MatMul
+  const Planes& centred_planes(int64_t node);  // for values less their centres
+
   // charges.cpp
   Tensor absolute(int64_t i);              // [B, n]: largest |value|
   Tensor absolute_sum(int64_t i);          // [B] double: their sum
@@ -149,6 +159,12 @@ class Context {
   void intersect_with_rule(int64_t i);
   Box custom_step(const Node& node, const Box& in);
   Box reduced(const Node& node, const Box& in);
+  Box widened(const Box& box, const Tensor& slack);
+  Box bilinear_step(const Node& node);
+  Box limit_step(const Node& node);
+  Tensor normalisation_slack(const Node& node);
+  Tensor lost_products(const Node& node);
+  Tensor bilinear_charge(const Node& node, int64_t i, bool centred);
   void batch_statistics();
   void refine(int64_t i, bool all);
   Tensor unstable(int64_t i) const;
@@ -171,6 +187,7 @@ class Context {
   std::unique_ptr<Context> by_rule_;
   std::unordered_map<int64_t, Lines> lines_, relu_lines_, flattest_lines_, centred_lines_;
   std::unordered_map<int64_t, PoolLines> pool_lines_, centred_pool_lines_;
+  std::unordered_map<int64_t, Planes> planes_, centred_planes_;
   std::unordered_map<int64_t, std::array<Tensor, 2>> live_;  // columns, starts [B + 1]
   std::unordered_map<int64_t, Magnitudes> sizes_;
   std::unordered_map<int64_t, Tensor> radius_, charges_, relax_charges_;

@@ -9,6 +9,7 @@
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/max_pool2d.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
@@ -110,6 +111,15 @@ std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs
         break;
       case Op::Min2:
         values[i] = at::minimum(in(0), in(1));
+        break;
+      case Op::Product:
+        values[i] = in(0) * in(1);
+        break;
+      case Op::MatMul:
+        values[i] = at::matmul(in(0), in(1));
+        break;
+      case Op::Limit:
+        values[i] = in(0);
         break;
       case Op::Reshape:
         values[i] = in(0).reshape(shape);

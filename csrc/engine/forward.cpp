@@ -109,7 +109,8 @@ Tensor Context::weight(const Node& node) const {
 int64_t Context::extra_terms(int64_t i) const {
   for (int64_t c : program_.node(i).consumers) {
     const Op op = program_.node(c).op;
-    if (op == Op::BatchNorm || (op == Op::Reshape && extra_terms(c) > 0)) return 8;
+    const bool moves = op == Op::Reshape || op == Op::Gather;
+    if (op == Op::BatchNorm || (moves && extra_terms(c) > 0)) return 8;
   }
   return 0;
 }
@@ -117,7 +118,7 @@ int64_t Context::extra_terms(int64_t i) const {
 // A folded BatchNorm's shift stands in the layer's sum, and every addition may round it.
 double Context::folded_terms(const Node& node) const {
   const Node* before = &program_.node(node.inputs[0]);
-  while (before->op == Op::Reshape) before = &program_.node(before->inputs[0]);
+  while (before->op == Op::Reshape || before->op == Op::Gather) before = &program_.node(before->inputs[0]);
   if (before->op != Op::Linear && before->op != Op::Conv) return 0;
   const Tensor w = weight(*before);
   if (before->op == Op::Linear) return double(w.size(1));
@@ -207,10 +208,20 @@ Box Context::reduced(const Node& node, const Box& in) {
   if (!sound()) return {low, high};
   at::NoGradGuard no_grad;
   const Tensor size = reduce(at::maximum(lower.detach().abs(), upper.detach().abs()));
-  const double k = kappa(terms + 6, terms + 2, *this), tiny = lower.scalar_type() == at::kFloat ? 0x1p-125 : 0x1p-1021;
+  const double k = kappa(terms + 6, terms + 2 + node.roundings, *this),
+               tiny = lower.scalar_type() == at::kFloat ? 0x1p-125 : 0x1p-1021;
   const Tensor slack = size * (k * (1 + 1e-5)) + (terms + 2) * tiny;
   at::AutoGradMode with_grad(grad_);
   return interval_add(low, high, -slack, slack, false, kappa(4, 0, *this), true);
+}
+
+// A box whose ends an execution may leave by `slack`.
+Box Context::widened(const Box& box, const Tensor& slack) {
+  at::NoGradGuard no_grad;
+  const double tiny = dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022;
+  const Tensor most = slack * (1 + 1e-5) + tiny;
+  at::AutoGradMode with_grad(grad_);
+  return interval_add(std::get<0>(box), std::get<1>(box), -most, most, false, kappa(4, 0, *this), true);
 }
 
 Box Context::custom_step(const Node& node, const Box& in) {
@@ -276,8 +287,16 @@ Box Context::interval_step(int64_t i) {
     case Op::Add: {
       const auto& [al, au] = box(node.inputs[0]);
       const auto& [bl, bu] = box(node.inputs[1]);
-      return interval_add(al, au, bl, bu, node.sign < 0, kappa(4, 1, *this), sound());
+      const Box sum = interval_add(al, au, bl, bu, node.sign < 0, kappa(4, 1, *this), sound());
+      if (node.roundings == 0 || !deployed()) return sum;
+      const Tensor size = (absolute(node.inputs[0]) + absolute(node.inputs[1])).view_as(std::get<0>(sum));
+      return widened(sum, size * own_gamma(node.roundings));
     }
+    case Op::Product:
+    case Op::MatMul:
+      return bilinear_step(node);
+    case Op::Limit:
+      return limit_step(node);
     case Op::Sum:
     case Op::AvgPool:
       return reduced(node, box(node.inputs[0]));
@@ -342,6 +361,8 @@ Tensor Context::unstable(int64_t i) const {
                 .logical_or_(lower.lt(consumer.maximum).logical_and_(upper.gt(consumer.maximum))));
         break;
       case Op::MaxPool:
+      case Op::Product:
+      case Op::MatMul:
         add(lower.lt(upper));
         break;
       default:
@@ -400,6 +421,7 @@ void Context::intersect_with_rule(int64_t i) {
 void Context::forget_caches() {
   for (auto* cache : {&lines_, &relu_lines_, &flattest_lines_, &centred_lines_}) cache->clear();
   for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
+  for (auto* cache : {&planes_, &centred_planes_}) cache->clear();
   for (auto* cache : {&radius_, &charges_, &relax_charges_}) cache->clear();
   sizes_.clear();
   live_.clear();

@@ -43,6 +43,7 @@ class ForwardWalk {
   Linear scaled(const Linear& in, const Tensor& factor, const Tensor& term);
   Linear relaxed(const Linear& in, const Lines& lines);
   Linear pooled(const Linear& in, const PoolLines& lines, const Node& node);
+  Linear multiplied(int64_t i, const Node& node);
   Linear moved(const Linear& in, const std::function<Tensor(const Tensor&)>& f) { return {f(in.lower), f(in.upper)}; }
   Linear widened(Linear s, const Tensor& charge);  // charge [B, n] or [n]
   Tensor reach(const Linear& s) const;             // [B, n]: sum_k max(|lower|, |upper|) |x_k|, rounded up
@@ -151,6 +152,41 @@ Linear ForwardWalk::pooled(const Linear& s, const PoolLines& lines, const Node& 
   return widened(out, most * c_.own_gamma(double(taps) + 6));
 }
 
+// Planes of every product with the linear functions of both factors in them, summed over k of Node::bilinear.
+Linear ForwardWalk::multiplied(int64_t i, const Node& node) {
+  const Planes& planes = c_.planes(i);
+  const auto [parts, height, terms, width] = node.bilinear;
+  const Linear &x = in(node, 0), &y = in(node, 1);
+  const auto left = [&](const Tensor& t) { return t.view({t.size(0), -1, parts, height, terms, 1}); };
+  const auto right = [&](const Tensor& t) { return t.view({t.size(0), -1, parts, 1, terms, width}); };
+  const auto through = [](const Tensor& slope, const Tensor& below, const Tensor& above) {
+    const Tensor s = slope.unsqueeze(1);
+    return (s.clamp_min(0) * below + s.clamp_max(0) * above).sum(-2);
+  };
+  const auto plane = [&](const Tensor& slope_x, const Tensor& slope_y, const Tensor& constant, bool lower) {
+    const auto &x1 = lower ? x.lower : x.upper, &x2 = lower ? x.upper : x.lower;
+    const auto &y1 = lower ? y.lower : y.upper, &y2 = lower ? y.upper : y.lower;
+    const Tensor sum = (through(slope_x, left(x1.contiguous()), left(x2.contiguous())) +
+                        through(slope_y, right(y1.contiguous()), right(y2.contiguous())))
+                           .reshape({c_.batch(), count_ + 1, -1});
+    const Tensor shift = constant.to(c_.dtype()).unsqueeze(1);
+    return at::cat({sum.narrow(1, 0, count_), sum.narrow(1, count_, 1) + shift}, 1);
+  };
+  const Linear out{plane(planes.lower_x, planes.lower_y, planes.lower, true),
+                   plane(planes.upper_x, planes.upper_y, planes.upper, false)};
+  if (!c_.sound()) return out;
+  at::NoGradGuard no_grad;
+  const auto most = [](const Tensor& a, const Tensor& b) { return at::maximum(a.abs(), b.abs()); };
+  const Tensor size = (most(planes.lower_x, planes.upper_x) * left(reach(x)).squeeze(1) +
+                       most(planes.lower_y, planes.upper_y) * right(reach(y)).squeeze(1))
+                          .sum(3)
+                          .flatten(1) +
+                      most(planes.lower, planes.upper).to(c_.dtype());
+  Tensor charge = size * c_.own_gamma(4.0 * double(terms) + 8);
+  if (c_.deployed()) charge = charge + c_.charge(i, false);
+  return widened(out, charge);
+}
+
 void ForwardWalk::step(int64_t i) {
   const Node& node = c_.program().node(i);
   const int64_t batch = c_.batch();
@@ -229,6 +265,16 @@ void ForwardWalk::step(int64_t i) {
     case Op::Reshape:
       out = in(node);
       return;
+    case Op::Product:
+    case Op::MatMul:
+      out = multiplied(i, node);
+      return;
+    case Op::Limit: {
+      out = in(node);
+      const Tensor network = c_.charge(i, false);
+      if (network.defined()) out = widened(out, network);
+      return;
+    }
     case Op::Gather:
       out = moved(in(node), [&](const Tensor& t) {
         Tensor y = t.index_select(2, node.gather_clamped);
@@ -317,7 +363,7 @@ BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
     auto [lower, upper] = concretise(states_[size_t(i)]);
     lower = lower.view(std::get<0>(box).sizes());
     upper = upper.view(std::get<1>(box).sizes());
-    if (c_.options().intersect) {
+    if (c_.options().intersect || node.op == Op::Limit) {
       lower = at::maximum(lower, std::get<0>(box));
       upper = at::minimum(upper, std::get<1>(box));
     }

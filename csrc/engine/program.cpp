@@ -94,8 +94,11 @@ double first_number(const Node& node) { return node.op == Op::Clamp ? node.minim
 double second_number(const Node& node) { return node.op == Op::Clamp || node.op == Op::Softplus ? node.maximum : 0.0; }
 
 bool is_affine(Op op) {
-  return !is_activation(op) && op != Op::Input && op != Op::MaxPool && op != Op::Max2 && op != Op::Min2;
+  return !is_activation(op) && !is_bilinear(op) && op != Op::Input && op != Op::MaxPool && op != Op::Max2 &&
+         op != Op::Min2 && op != Op::Limit;
 }
+
+bool is_bilinear(Op op) { return op == Op::Product || op == Op::MatMul; }
 
 // An image keeps its shape; everything else is one long row.
 Extent Node::extent() const {
@@ -144,9 +147,10 @@ void Program::check(const Node& node, int64_t position) const {
     TORCH_CHECK_VALUE(input >= 0 && input < position, "Program: node ", position, " ('", node.path, "') reads node ",
                       input, ", which does not stand before it");
   const size_t inputs = node.op == Op::Input || node.op == Op::Constant ? 0
-                        : node.op == Op::Add                            ? 2
+                        : node.op == Op::Add || is_bilinear(node.op)    ? 2
                         : node.op == Op::Max2 || node.op == Op::Min2    ? 3
                         : node.op == Op::Concat                         ? node.inputs.size()
+                        : node.op == Op::Limit && !node.inputs.empty()  ? node.inputs.size()
                                                                         : 1;
   TORCH_CHECK_VALUE(node.inputs.size() == inputs, "Program: node ", position, " ('", node.path, "') must have ", inputs,
                     " inputs, got ", node.inputs.size());
@@ -181,6 +185,15 @@ void Program::derive(Node& node, int64_t position) {
   }
   if (is_activation(node.op) || node.op == Op::MaxPool) relaxed_by_[size_t(node.inputs[0])] = true;
   if (node.op == Op::Max2 || node.op == Op::Min2) relaxed_by_[size_t(node.inputs[2])] = true;
+  if (is_bilinear(node.op)) {
+    for (int64_t i : node.inputs) relaxed_by_[size_t(i)] = true;
+    node.bilinear = {node.numel, 1, 1, 1};
+    if (node.op == Op::MatMul) {
+      const auto& left = nodes_[size_t(node.inputs[0])].shape;
+      const int64_t rows = left[left.size() - 2], terms = left.back(), columns = node.shape.back();
+      node.bilinear = {node.numel / std::max<int64_t>(1, rows * columns), rows, terms, columns};
+    }
+  }
   if (node.op == Op::MaxPool) node.pool_index = pool_positions(node, nodes_[size_t(node.inputs[0])]);
   if (node.op == Op::Gather) {
     const Tensor outside = node.gather.lt(0);

@@ -33,6 +33,9 @@ enum class Op {
   MaxPool,
   Max2,
   Min2,
+  Product,
+  MatMul,
+  Limit,
   Reshape,
   Gather,
   Concat,
@@ -75,7 +78,9 @@ struct Node {
   double minimum = -std::numeric_limits<double>::infinity(), maximum = std::numeric_limits<double>::infinity();
   std::optional<double> value;
   int64_t sign = 1, index = 0, module = 0;
-  Tensor gather;  // int64, one entry per output element
+  double roundings = 0;  // of an execution, beyond those of the operator as it stands; see pycert/graph/ir.py
+  double lost = 0;       // Limit: smallest normal numbers that an execution may lose
+  Tensor gather;         // int64, one entry per output element
 
   int64_t numel = 1;
   std::vector<int64_t> consumers;
@@ -90,10 +95,13 @@ struct Node {
   std::optional<int64_t> pool_divisor() const {  // AvgPool: divisor_override, as ATen takes it
     return divisor_override == 0 ? std::nullopt : std::optional<int64_t>(divisor_override);
   }
+  // Product, MatMul: z[p, i, j] = sum_k x[p, i, k] y[p, k, j], as {P, I, K, J}; a product has P elements and no sums.
+  std::array<int64_t, 4> bilinear{1, 1, 1, 1};
   bool image() const { return shape.size() == 3; }
 };
 
 bool is_affine(Op op);
+bool is_bilinear(Op op);                 // Product, MatMul
 bool is_activation(Op op);               // elementwise, relaxed by two lines
 int64_t kind_of(Op op);                  // pycert::Activation of an elementwise activation
 double first_number(const Node& node);   // of an activation: slope, alpha or minimum
@@ -106,7 +114,8 @@ class Program {
   const Node& node(int64_t i) const { return nodes_[size_t(i)]; }
   int64_t output() const { return output_; }
   int64_t input_count() const { return input_count_; }
-  // Values whose bounds a relaxation reads, in order: inputs of activations and max-pools, differences of max2, min2.
+  // Values whose bounds a relaxation reads, in order: inputs of activations, max-pools and products, differences of
+  // max2, min2.
   const std::vector<int64_t>& preactivations() const { return preactivations_; }
   bool is_preactivation(int64_t i) const { return relaxed_by_[size_t(i)]; }
 

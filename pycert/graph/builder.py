@@ -34,7 +34,7 @@ class Builder:
 
     def reshape(self, node: int, shape: tuple[int, ...], path: str = "") -> int:
         """``node`` in another shape; nothing where the shape is the same."""
-        node = self._behind_reshape(node) if self.nodes[node].shape != shape else node
+        node = self.behind_reshape(node) if self.nodes[node].shape != shape else node
         if self.nodes[node].shape == shape:
             return node
         return self.emit("reshape", (node,), shape, path=path)
@@ -45,7 +45,7 @@ class Builder:
         """Elements of ``node`` by flat ``index``; looks through movement, identities become reshapes."""
         index = index.reshape(-1)
         filled = bool((index < 0).any())
-        source = self._behind_reshape(node)
+        source = self.behind_reshape(node)
         while self.nodes[source].op == "gather":
             inner = self.nodes[source]
             inner_filled = bool((inner.attrs["index"] < 0).any())
@@ -54,7 +54,7 @@ class Builder:
             index = torch.where(index < 0, index, inner.attrs["index"][index.clamp(min=0)])
             fill = inner.attrs["fill"] if inner_filled else fill
             filled = bool((index < 0).any())
-            source = self._behind_reshape(inner.inputs[0])
+            source = self.behind_reshape(inner.inputs[0])
         count = math.prod(self.nodes[source].shape)
         if not filled and len(index) == count and torch.equal(index, torch.arange(count, device="cpu")):
             return self.reshape(source, shape, path)
@@ -62,9 +62,10 @@ class Builder:
 
     def concat(self, nodes: list[int], shape: tuple[int, ...], path: str = "") -> int:
         """The elements of ``nodes`` one after the other."""
-        return self.emit("concat", tuple(self._behind_reshape(node) for node in nodes), shape, path=path)
+        return self.emit("concat", tuple(self.behind_reshape(node) for node in nodes), shape, path=path)
 
-    def _behind_reshape(self, node: int) -> int:
+    def behind_reshape(self, node: int) -> int:
+        """The first node before ``node`` that is no reshape."""
         while self.nodes[node].op == "reshape":
             (node,) = self.nodes[node].inputs
         return node

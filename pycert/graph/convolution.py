@@ -39,9 +39,13 @@ def conv_transpose2d(tracer: Tracer, input: Any, weight: Any, bias: Any = None, 
 def convolution(tracer: Tracer, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any,
                 transposed: bool, output_padding: Any, groups: int) -> Traced:  # fmt: skip
     dims = weight.dim() - 2
-    if dims not in (1, 2):
-        tracer.refuse(f"convolution of {dims} dimensions", "use Conv1d or Conv2d")
     extra = output_padding if transposed else 0
+    if dims == 3:
+        from pycert.graph.convolution3d import convolve
+
+        return convolve(tracer, input, weight, bias, stride, padding, dilation, groups, extra, transposed)
+    if dims not in (1, 2):
+        tracer.refuse(f"convolution of {dims} dimensions", "use Conv1d, Conv2d or Conv3d")
     return _conv(tracer, dims, input, weight, bias, stride, padding, dilation, groups, extra, transposed)
 
 

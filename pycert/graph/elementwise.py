@@ -13,8 +13,6 @@ from pycert.graph.live import scalar
 from pycert.graph.parts import broadcast, expand, sample_part
 from pycert.graph.tracer import Traced, Tracer, lowers
 
-_PRODUCT = "one factor must be a number, a constant, a parameter or a buffer"
-
 
 @lowers("add")
 def add(tracer: Tracer, input: Any, other: Any, *, alpha: float = 1) -> Traced:
@@ -35,9 +33,7 @@ def rsub(tracer: Tracer, input: Any, other: Any, *, alpha: float = 1) -> Traced:
 def mul(tracer: Tracer, input: Any, other: Any) -> Traced:
     value, factor = (input, other) if isinstance(input, Traced) else (other, input)
     if isinstance(factor, Traced):
-        if tracer.node(value) == tracer.node(factor):
-            return activation(tracer, "square", value)
-        tracer.refuse("a product of two values that depend on the input", _PRODUCT)
+        return _product(tracer, value, factor)
     return _by_constant(tracer, "mul_const", value, factor, neutral=1.0)
 
 
@@ -46,9 +42,6 @@ def div(tracer: Tracer, input: Any, other: Any, *, rounding_mode: str | None = N
     if rounding_mode is not None:
         tracer.refuse(f"div with rounding_mode='{rounding_mode}'", "divide without rounding")
     if isinstance(other, Traced):
-        if isinstance(input, Traced):
-            hint = "the divisor or the dividend must be a constant or parameter"
-            tracer.refuse("a quotient of two values that depend on the input", hint)
         return rdiv(tracer, other, input)
     return _by_constant(tracer, "div_const", input, other, neutral=1.0)
 
@@ -82,6 +75,18 @@ _POWERS: dict[float | None, tuple[str, ...]] = {
     -1.0: ("reciprocal",),
     -2.0: ("square", "reciprocal"),
 }
+
+
+def _product(tracer: Tracer, left: Traced, right: Traced) -> Traced:
+    """A product of two values; ``x * x`` and ``x * sigmoid(x)`` are the activations that they are."""
+    a, b = same_shapes(tracer, left, right)
+    if a == b:
+        return activation(tracer, "square", left if tracer.shape(a) == tuple(left.shape[1:]) else right)
+    for value, gate in ((a, b), (b, a)):
+        node = tracer.builder.nodes[gate]
+        if node.op == "sigmoid" and node.inputs == (value,):
+            return tracer.wrap(tracer.emit("silu", (value,), tracer.shape(value)), left.dtype)
+    return tracer.wrap(tracer.emit("product", (a, b), tracer.shape(a)), left.dtype)
 
 
 def _sum(tracer: Tracer, left: Any, right: Any, factor: float) -> Traced:

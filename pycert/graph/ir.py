@@ -19,8 +19,19 @@ op                    params                     attrs and meaning
 ``mul_const``         factor                     ``value`` (float) where there is no slot; factor broadcasts to shape
 ``div_const``         divisor                    ``value`` where there is no slot
 ``add_const``         term                       ``value`` where there is no slot; ``sign``: +1 or -1 times the term
-``add``                                          two inputs of equal shape, ``sign``: a + sign * b
-``sum``                                          over the last dimension, divided by ``divisor`` (float, 1 for sums)
+``add``                                          two inputs of equal shape, ``sign``: a + sign * b; ``roundings`` of
+                                                 an execution relative to |a| + |b| (float, 0 where absent)
+``sum``                                          over the last dimension, divided by ``divisor`` (float, 1 for sums);
+                                                 ``roundings`` of an execution beyond those of a plain sum
+``product``                                      two inputs of equal shape: a * b, elementwise
+``matmul``                                       two inputs ``[*P, I, K]``, ``[*P, K, J]``: their matrix product;
+                                                 ``roundings`` of an execution beyond those of a plain sum
+``limit``                                        a value known to lie in [``min``, ``max``] (infinite where absent).
+                                                 An execution may be off by ``roundings`` of the value and ``lost``
+                                                 smallest normal numbers, and leave the range by as much; what the
+                                                 value stands for is at most ``eps`` from it (0 where absent); with
+                                                 inputs y, x, r (one shape, normalised over the last dimension)
+                                                 also by what a mean's error makes of y = (x - mean) r
 ``avg_pool``                                     ``kernel, stride, padding`` (two ints each), ``ceil_mode``,
                                                  ``count_include_pad``, ``divisor`` (int, 0: none); ``[C, H, W]``
 ``max_pool``                                     ``kernel, stride, padding, dilation``, ``ceil_mode``; ``[C, H, W]``
@@ -48,7 +59,10 @@ Everything else is lowered to these: slicing, padding, permuting, flipping and b
 ``min2``; SELU, CELU and the beta of Softplus are products by constants around ``elu`` and ``softplus``,
 Hardsigmoid a ``clamp`` between two; Tanhshrink and Softshrink subtract ``tanh`` and ``clamp`` from x;
 powers are ``square``, ``sqrt`` and ``reciprocal`` in turn; means over dimensions ``gather`` + ``sum``; an
-adaptive pool with unequal windows ``linear`` + ``div_const``.
+adaptive pool with unequal windows ``linear`` + ``div_const``; quotients of values a product with a
+``reciprocal``; three-dimensional convolutions grouped two-dimensional ones, a group for every depth; softmax
+``1 / (1 + sum_{j != i} exp(x_j - x_i))``; LayerNorm and its relatives mean, difference, ``square``, ``sum``,
+``sqrt``, ``reciprocal`` and ``product``. What these return is in a known range, which a ``limit`` adds.
 
 What a slot is read from is a :class:`Slot`, an :class:`Expression` or a :class:`Constant`. The value
 of a factor, divisor or term has at most as many dimensions as the node's shape (never a batch
@@ -72,6 +86,8 @@ from pycert.errors import UnsupportedOperator
 AFFINE = frozenset(
     "linear conv batch_norm mul_const div_const add_const add sum avg_pool reshape gather concat".split()
 )
+#: Products of two values, relaxed by two planes.
+BILINEAR = frozenset(("product", "matmul"))
 #: Elementwise activations: one input, the same shape, relaxed by two lines.
 ACTIVATIONS = frozenset(
     """relu abs sigmoid tanh leaky_relu prelu clamp elu softplus silu mish hardswish gelu gelu_tanh softsign

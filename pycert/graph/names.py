@@ -44,6 +44,10 @@ _ALIASES = {
     "concat": "cat",
     "concatenate": "cat",
     "special_expit": "sigmoid",
+    "special_softmax": "softmax",
+    "special_log_softmax": "log_softmax",
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "moveaxis": "movedim",
@@ -59,7 +63,7 @@ METADATA = frozenset(
     element_size get_device storage_offset __len__ __hash__ __repr__ __format__ is_same_size is_inference
     shape ndim dtype device is_cuda is_cpu layout requires_grad is_leaf is_sparse is_quantized is_meta is_mps
     is_mkldnn is_xpu itemsize nbytes names grad_fn output_nr retains_grad is_pinned is_shared is_tensor
-    is_conj is_neg has_names _is_view _version""".split()
+    is_conj is_neg is_nested has_names _is_view _version""".split()
 )
 #: Those of them that tell the device.
 ON_DEVICE = frozenset("get_device is_cuda is_cpu is_meta is_mps is_xpu is_mkldnn".split())
@@ -81,7 +85,6 @@ RANDOM = frozenset(
 
 _ACTIVATION = "use one of torch's common activations (docs/methods.md), or pycert.register_activation"
 _CONTROL = "control flow and comparisons on values cannot be bounded; use relu, maximum, minimum or clamp"
-_CONSTANT = "one factor must be a constant, a parameter or a buffer"
 _FROZEN = "values of the network are not known while it is traced"
 _HINTS = {
     _ACTIVATION: """hardshrink logsigmoid log_sigmoid threshold expm1 log1p atan arctan erf sign
@@ -89,20 +92,18 @@ _HINTS = {
     _CONTROL: "gt lt ge le eq ne __eq__ __ne__ __gt__ __lt__ __ge__ __le__ __bool__ isnan isfinite isinf equal "
     "allclose any all nonzero argmax argmin argsort logical_not logical_and is_nonzero __contains__ isclose",
     _FROZEN: "item tolist numpy grad __array__ __float__ __int__ __index__ __iter__ data_ptr backward __complex__",
-    "bound the logits and leave it out of the network": "softmax log_softmax softmin cross_entropy nll_loss logsumexp",
-    "use BatchNorm1d or BatchNorm2d": "layer_norm group_norm instance_norm local_response_norm normalize rms_norm",
-    "use Conv1d or Conv2d": "conv3d conv_transpose3d unfold_copy im2col",
+    "bound the logits and leave it out of the network": "cross_entropy nll_loss logsumexp",
+    "use LayerNorm, GroupNorm or BatchNorm": "local_response_norm normalize",
+    "use Conv1d, Conv2d or Conv3d": "unfold_copy im2col",
     "use AvgPool1d, AvgPool2d, MaxPool1d or MaxPool2d": """avg_pool3d max_pool3d lp_pool1d lp_pool2d
         adaptive_avg_pool3d adaptive_max_pool3d fractional_max_pool2d""",
-    _CONSTANT + "; matmul, F.linear and Conv compute products with them": """einsum tensordot
-        inner outer bilinear mv dot""",
+    "write it out with matmul, mul and sum": "tensordot inner outer bilinear mv dot baddbmm addbmm",
     "use pycert.nn.GroupSort or pycert.nn.MaxMin": "sort topk msort kthvalue median",
     "use mean or sum": "var std norm prod logcumsumexp cumsum cumprod linalg_norm linalg_vector_norm var_mean std_mean",
     "the network must work on floating point values": "embedding long int short byte bool one_hot",
     "leave the indices out": "max_pool1d_with_indices max_pool2d_with_indices",
     "divide without rounding": "floor_divide __floordiv__ __rfloordiv__ __mod__ remainder fmod",
-    "recurrent and attention layers are not affine in their input; write out the affine part": """lstm gru rnn_tanh
-        rnn_relu lstm_cell gru_cell multi_head_attention_forward scaled_dot_product_attention""",
+    "write out its steps, with one loop over time": "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell",
 }
 _HINT_OF = {name: text for text, function_names in _HINTS.items() for name in function_names.split()}
 

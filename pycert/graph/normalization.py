@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycert.graph import names
+from pycert.graph.attention import multi_head
 from pycert.graph.elementwise import activation, add, div, mul, sub
 from pycert.graph.tracer import GENERIC, Traced, Tracer, lowers
 
@@ -24,6 +25,8 @@ def module_lowering(tracer: Tracer, module: nn.Module) -> Callable[..., Any] | N
         return functools.partial(_custom, tracer, registered)
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward is _BATCH_NORM_FORWARD:
         return functools.partial(_batch_norm_module, tracer, module)
+    if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+        return functools.partial(multi_head, tracer, module)
     return None
 
 
@@ -59,15 +62,15 @@ def _batch_norm_module(tracer: Tracer, module: Any, input: Traced) -> Traced:
 @lowers("batch_norm", table=GENERIC)
 def batch_norm(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
     """F.batch_norm and torch.batch_norm, which take their arguments in different orders."""
-    return (_functional if func is F.batch_norm else _native)(tracer, *args, **kwargs)
+    return (functional if func is F.batch_norm else _native)(tracer, *args, **kwargs)
 
 
 def _native(tracer: Tracer, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
             momentum: float, eps: float, cudnn_enabled: bool) -> Traced:  # fmt: skip
-    return _functional(tracer, input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return functional(tracer, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-def _functional(
+def functional(
     tracer: Tracer,
     input: Any,
     running_mean: Any = None,

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pycert.errors import UnsupportedOperator
 from pycert.graph import (  # noqa: F401 - they register the lowerings
+    attention,
     convolution,
+    convolution3d,
     elementwise,
     joining,
     movement,
@@ -19,6 +21,8 @@ from pycert.graph import (  # noqa: F401 - they register the lowerings
     pooling,
     products,
     reduction,
+    softmax,
+    standardization,
 )
 from pycert.graph.builder import prune
 from pycert.graph.ir import Constant, Expression, Graph, Node, Slot, Source

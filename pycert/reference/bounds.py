@@ -11,14 +11,15 @@ Sources: Zhang et al., NeurIPS 2018 (CROWN) and ICLR 2020 (CROWN-IBP); Weng et a
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pycert.graph.ir import ACTIVATIONS, AFFINE, Graph, Node
+from pycert.graph.ir import ACTIVATIONS, AFFINE, BILINEAR, Graph, Node
+from pycert.reference import bilinear, pooling
 from pycert.reference import graph as execution
-from pycert.reference import pooling
 from pycert.reference.activations import interval_image, lines, unstable
 
 METHODS = ("ibp", "fastlin", "crown-ibp", "crown", "forward")
@@ -169,13 +170,15 @@ class Walk:
             self.linear.append(self._forward(number, node))
             if number in self.refined:
                 found, interval = self._forward_interval(number), self.bounds[number]
-                self.bounds[number] = _intersection(found, interval) if self.intersect else found
+                known = self.intersect or node.op == "limit"
+                self.bounds[number] = _intersection(found, interval) if known else found
         elif number in self.first and self.region.p != float("inf"):
             everywhere = torch.ones_like(self.bounds[number].lower, dtype=torch.bool)
             self.bounds[number] = self._refine(number, everywhere, intersect=True)
         elif number in self.refined:
             found = self.bounds[number]
-            self.bounds[number] = self._refine(number, self._unstable(number, found), self.intersect)
+            intersect = self.intersect or node.op == "limit"
+            self.bounds[number] = self._refine(number, self._unstable(number, found), intersect)
 
     def _interval(self, number: int, node: Node) -> Interval:
         inputs = [self.bounds[i] for i in node.inputs]
@@ -190,6 +193,11 @@ class Walk:
             return Interval(middle - radius, middle + radius)
         if node.op in ACTIVATIONS:
             return Interval(*interval_image(node, self.slots, *inputs[0]))
+        if node.op in BILINEAR:
+            return Interval(*bilinear.interval(node, *inputs))
+        if node.op == "limit":
+            low, high = node.attrs.get("min", -math.inf), node.attrs.get("max", math.inf)
+            return Interval(*(_between(end, low, high) for end in inputs[0]))
         ends = zip(*inputs)  # max_pool, max2 and min2 are monotone in every operand
         return Interval(*(execution.apply(node, self.slots, *end) for end in ends))
 
@@ -263,6 +271,14 @@ class Walk:
             return self._constant(number, A)
         if node.op == "max_pool":
             return self._pool_step(number, A, pending)
+        if node.op == "limit":
+            _add(pending, node.inputs[0], A)
+            return torch.zeros(A.shape[:2], dtype=self.dtype)
+        if node.op in BILINEAR:
+            planes = bilinear.planes(node, *(self.bounds[i] for i in node.inputs))
+            for i, part in zip(node.inputs, bilinear.step(node, A, planes)):
+                _add(pending, i, part)
+            return _dot(A.clamp(min=0), planes.lower) + _dot(A.clamp(max=0), planes.upper)
         if node.op in ACTIVATIONS:
             source = node.inputs[0]
             around = lines(node, self.slots, *self.bounds[source], self.slope)
@@ -327,6 +343,8 @@ class Walk:
                 mask = mask | ((found.lower < 0) & (found.upper > 0))
             elif number in node.inputs and node.op == "max_pool":
                 mask = torch.ones_like(mask)
+            elif number in node.inputs and node.op in BILINEAR:
+                mask = mask | (found.lower < found.upper)
             elif number in node.inputs and node.op in ACTIVATIONS:
                 mask = mask | unstable(node, self.slots, *found)
         return mask
@@ -339,6 +357,8 @@ class Walk:
                 found.add(node.inputs[0])
             elif node.op in ("max2", "min2"):
                 found.add(node.inputs[2])
+            elif node.op in BILINEAR:
+                found.update(node.inputs)
         return frozenset(i for i in found if self.graph.nodes[i].op not in ("input", "constant"))
 
     def _first_affine(self) -> frozenset[int]:
@@ -391,6 +411,10 @@ class Walk:
             return Linear(low.A_lower, low.c_lower + lower_c, high.A_upper, high.c_upper + upper_c)
         if node.op in ACTIVATIONS:
             return self._forward_lines(node, node.inputs[0])
+        if node.op == "limit":
+            return self.linear[node.inputs[0]]
+        if node.op in BILINEAR:
+            return self._forward_planes(node)
         a, b, d = node.inputs
         relu = self._forward_lines(Node("relu", (d,), node.shape), d)
         if node.op == "max2":
@@ -408,6 +432,22 @@ class Walk:
             high.c_upper + around.upper_intercept.flatten(1),
         )
 
+    def _forward_planes(self, node: Node) -> Linear:
+        planes = bilinear.planes(node, *(self.bounds[i] for i in node.inputs))
+        size = planes.lower[0].numel()
+        rows = torch.eye(size, dtype=self.dtype).expand(self.batch, size, size)
+        rows = rows.reshape(self.batch, size, *node.shape)
+        low = [_combine(m.flatten(2), self.linear[i])
+               for m, i in zip(bilinear.step(node, rows, planes), node.inputs)]  # fmt: skip
+        high = [_combine(m.flatten(2), self.linear[i])
+                for m, i in zip(bilinear.step(node, -rows, planes), node.inputs)]  # fmt: skip
+        return Linear(
+            low[0].A_lower + low[1].A_lower,
+            low[0].c_lower + low[1].c_lower + planes.lower.flatten(1),
+            -high[0].A_lower - high[1].A_lower,
+            -high[0].c_lower - high[1].c_lower + planes.upper.flatten(1),
+        )
+
     def _forward_interval(self, number: int) -> Interval:
         shape = (self.batch, *self.graph.nodes[number].shape)
         return Interval(*(end.reshape(shape) for end in self.region.concretize(self.linear[number])))
@@ -418,6 +458,10 @@ def layer_bounds(
 ) -> dict[int, Interval]:
     """The bounds that ``method`` uses at every node, by node number, float64."""
     return dict(enumerate(Walk(graph, region, method, slope, intersect, torch.float64).bounds))
+
+
+def _between(value: Tensor, low: float, high: float) -> Tensor:
+    return value.maximum(value.new_tensor(low)).minimum(value.new_tensor(high))
 
 
 def _dot(A: Tensor, value: Tensor) -> Tensor:

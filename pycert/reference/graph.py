@@ -217,6 +217,9 @@ _OPERATORS: dict[str, Callable[..., Tensor]] = {
     "max_pool": _max_pool,
     "max2": lambda node, slots, a, b, d: torch.maximum(a, b),
     "min2": lambda node, slots, a, b, d: torch.minimum(a, b),
+    "product": lambda node, slots, a, b: a * b,
+    "matmul": lambda node, slots, a, b: a @ b,
+    "limit": lambda node, slots, x, *others: x,
     "reshape": lambda node, slots, x: x.reshape(len(x), *node.shape),
     "gather": _gather,
     "concat": lambda node, slots, *x: torch.cat([v.reshape(len(v), -1) for v in x], 1).reshape(
