@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
-from tests import nets
 from torch import Tensor, nn
 
 import pycert
 from pycert import BoundedModule, Box, LpBall, certify, margins
+from tests import nets
 
 F64 = torch.float64
 PLAIN = dict(soundness="none", intersect=False)
@@ -124,7 +124,12 @@ def reference_ascent(net, boxes, x: Tensor, eps: float, spec: Tensor, steps: int
 def test_ascent_takes_the_steps_of_plain_pytorch(shared, steps):
     """Every step, so also every gradient with respect to a slope, to float64's rounding."""
     net = mlp(6, 14, 12, 10, 3, dtype=F64)
-    bm, x, eps, spec = BoundedModule(net, torch.empty(1, 6, dtype=F64)), draw(4, 6, dtype=F64), 0.4, draw(5, 3, dtype=F64)
+    bm, x, eps, spec = (
+        BoundedModule(net, torch.empty(1, 6, dtype=F64)),
+        draw(4, 6, dtype=F64),
+        0.4,
+        draw(5, 3, dtype=F64),
+    )
     region = LpBall(x, eps)
     options = dict(PLAIN, iterations=steps, learning_rate=0.1, alpha="shared" if shared else "per spec")
     with torch.no_grad():
@@ -332,7 +337,8 @@ def test_the_same_call_gives_the_same_bits():
     bm, x, eps = case("convolutional")
     with torch.no_grad():
         first, second = (
-            bm.bound(LpBall(x, eps), "alpha-crown", intermediate="alpha-crown", iterations=4) for _ in range(2)
+            bm.bound(LpBall(x, eps), "alpha-crown", intermediate="alpha-crown", iterations=4)
+            for _ in range(2)
         )
     assert torch.equal(first.lower, second.lower) and torch.equal(first.upper, second.upper)
 
@@ -415,13 +421,13 @@ def test_bounds_are_differentiable_with_slopes_as_constants():
         grads = torch.autograd.grad((upper - lower).sum(), [eps, *net.parameters()])
         assert all(grad.isfinite().all() for grad in grads)
         assert (grads[0] > 0).all()
-    options = dict(PLAIN, iterations=200, learning_rate=0.02)  # near the optimum the slopes' own share vanishes
+    options = dict(
+        PLAIN, iterations=200, learning_rate=0.02
+    )  # near the optimum the slopes' own share vanishes
     lower, upper = bm.bound(LpBall(x, eps), "alpha-crown", **options)
     (grad,) = torch.autograd.grad((upper - lower).sum(), [eps])
     with torch.no_grad():
-        wide, narrow = (
-            bm.bound(LpBall(x, eps + step), "alpha-crown", **options) for step in (1e-3, -1e-3)
-        )
+        wide, narrow = (bm.bound(LpBall(x, eps + step), "alpha-crown", **options) for step in (1e-3, -1e-3))
         change = ((wide.upper - wide.lower) - (narrow.upper - narrow.lower)).sum(1) / 2e-3
     torch.testing.assert_close(grad, change, rtol=0.05, atol=0.05)
 

@@ -418,7 +418,11 @@ def test_certify_refuses_what_does_not_fit(bm, x):
     labels = torch.zeros(5, dtype=torch.int64)
     for error, message, arguments in (
         (ValueError, "batch_size must be at least 1", dict(batch_size=0)),
-        (ValueError, "unknown option 'bogus'; known are batch_size, cascade, intersect", dict(bogus=1)),
+        (
+            ValueError,
+            "unknown option 'bogus'; known are alpha, batch_size, cascade, intermediate",
+            dict(bogus=1),
+        ),
         (ValueError, "unknown option 'side'", dict(side="lower")),
         (ValueError, "did you mean 'crown'", dict(method="crwn")),
         (ValueError, "at least 0, got -0.1", dict(eps=-0.1)),
