@@ -105,9 +105,9 @@ def test_known_ranges(method):
         logs = pycert.BoundedModule(nn.LogSoftmax(1), x).bound(where, method=method)
         assert (logs.upper <= slack).all()
         normed = pycert.BoundedModule(nn.LayerNorm(6), x).bound(where, method=method)
-        assert torch.maximum(normed.lower.abs(), normed.upper.abs()).max() <= math.sqrt(5) + 0.1
+        assert torch.maximum(normed.lower.abs(), normed.upper.abs()).max() <= math.sqrt(5) + 0.2
         rms = pycert.BoundedModule(nn.RMSNorm(6), x).bound(where, method=method)
-        assert torch.maximum(rms.lower.abs(), rms.upper.abs()).max() <= math.sqrt(6) + 0.1
+        assert torch.maximum(rms.lower.abs(), rms.upper.abs()).max() <= math.sqrt(6) + 0.2
 
 
 @pytest.mark.parametrize("method", METHODS)

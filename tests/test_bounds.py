@@ -166,7 +166,18 @@ def test_gradients_equal_the_reference(name, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "name", ["mlp_relu", "mlp_tanh", "mlp_sigmoid", "conv_plain", "residual", "max_min", "gated", "attention"]
+    "name",
+    [
+        "mlp_relu",
+        "mlp_tanh",
+        "mlp_sigmoid",
+        "conv_plain",
+        "residual",
+        "max_min",
+        "gated",
+        "standardized",
+        "fused_attention",
+    ],
 )
 def test_gradcheck(name, method):
     """Numerical derivatives along random directions, away from kinks."""
