@@ -92,5 +92,5 @@ def _(rows, source, negative_from, sample, position, window, extent, first, seco
 
 
 @torch.library.register_fake("pycert::concretize_rows_backward")
-def _(grad, rows, sample, position, window, extent, first, second, norm):  # type: ignore[no-untyped-def]
+def _(grad, rows, sample, position, window, extent, first, second, norm, of_region):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (rows, first, second))
