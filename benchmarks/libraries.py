@@ -40,6 +40,7 @@ class Pycert:
         self.options = {"intersect": False, **options}
         if method == OPTIMIZED:
             self.options |= {"iterations": ITERATIONS, "learning_rate": LEARNING_RATE, "threshold": math.inf}
+            self.options["intermediate"] = OPTIMIZED  # auto_LiRPA optimises every layer's bounds too
         self.bounded = pycert.BoundedModule(net, x[:1])
 
     def bounds(self, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
