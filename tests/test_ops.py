@@ -277,7 +277,7 @@ def test_opcheck():
         cases += [
             (ops.concretize_rows.default, (rows, None, 2**62, *place, first, second, norm)),
             (ops.concretize_rows.default, (*leaves(rows), None, 2**62, *place, *leaves(first, second), norm)),
-            (ops.concretize_rows_backward.default, (draw(2, 6), rows, *place, first, second, norm)),
+            (ops.concretize_rows_backward.default, (draw(2, 6), rows, *place, first, second, norm, True)),
         ]
     for operator, arguments in cases:
         torch.library.opcheck(operator, arguments)
