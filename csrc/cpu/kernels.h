@@ -140,6 +140,27 @@ struct ProductArgs {
 
 inline constexpr int64_t kProductBlock = 32;
 
+// One axis of a convolution. Output x meets inputs x * stride - padding + tap * dilation; transposed: inputs i with
+// x = i * stride - padding + tap * dilation.
+struct ConvolutionGeometry {
+  int64_t stride, padding, dilation;
+  bool transposed;
+};
+
+// Rows of images through a convolution without bias (convolution_loops.h).
+template <typename T>
+struct ConvolutionArgs {
+  const T* in;      // [rows, groups * inner, in_height, in_width]
+  const T* weight;  // element (group, inner, outer, tap) at the strides below, taps next to each other
+  T* out;           // [rows, groups * outer, out_height, out_width]
+  int64_t rows, groups, inner, outer;
+  int64_t in_height, in_width, out_height, out_width, tap_height, tap_width;
+  int64_t weight_group, weight_inner, weight_outer;
+  ConvolutionGeometry vertical, horizontal;
+  int64_t segments;               // runs of rows whose zeros are likely the same
+  const int64_t* segment_starts;  // [segments + 1]
+};
+
 // Phases of a strided transposed convolution back into images, cut to size: pixel (y, x) is that of phase
 // ((y + top) % stride_y, (x + left) % stride_x).
 template <typename T>
@@ -297,6 +318,7 @@ struct Kernels {
   void (*charge)(const ChargeArgs<T>&);
   void (*dual_product_many)(const DualProductArgs<T>&);  // blocks of kProductBlock; null: ATen's is faster
   void (*product)(const ProductArgs<T>&);                // null: ATen's is faster
+  void (*convolve_rows)(const ConvolutionArgs<T>&);      // null with `product`
   void (*interleave)(const InterleaveArgs<T>&);
   void (*relax)(const RelaxArgs<T>&);
   void (*dot)(const DotArgs<T>&);

@@ -40,10 +40,16 @@ bool equal(const Window& a, const Window& b) {
          a.width == b.width;
 }
 
-// A convolution whose gradient is wanted, by the algorithms of direct_conv2d.
+// Kept out of autograd's sight, which takes no undefined tensors.
+struct Runs {
+  Tensor starts;
+};
+
+// rows_convolution with gradient.
 struct ConvFunction : torch::autograd::Function<ConvFunction> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& w, Pair stride,
-                        Pair padding, Pair dilation, Pair output_padding, int64_t groups, bool transposed) {
+                        Pair padding, Pair dilation, Pair output_padding, int64_t groups, bool transposed,
+                        const Runs& runs) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({x, w});
     const auto ints = [](const Pair& p) { return std::vector<int64_t>(p.begin(), p.end()); };
@@ -53,7 +59,7 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
     ctx->saved_data["output_padding"] = ints(output_padding);
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["transposed"] = transposed;
-    return direct_conv2d(x, w, {stride, padding, dilation, output_padding, groups, transposed});
+    return rows_convolution(x, w, {stride, padding, dilation, output_padding, groups, transposed}, runs.starts);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
@@ -64,7 +70,7 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
                                                    ints("dilation"), ctx->saved_data["transposed"].toBool(),
                                                    ints("output_padding"), ctx->saved_data["groups"].toInt(),
                                                    {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});
-    return {x, w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    return {x, w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -159,11 +165,12 @@ Tensor dilated(const Tensor& weight, const Pair& dilation) {
 
 }  // namespace
 
-Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
+Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const Tensor& segments) {
   PrecisionGuard guard;
   if (any_needs_grad(x, w))
-    return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed);
-  return direct_conv2d(x, w, g);
+    return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed,
+                               Runs{segments});
+  return rows_convolution(x, w, g, segments);
 }
 
 Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype) {
@@ -526,6 +533,23 @@ void Walk::find_segments() {
   segment_samples_ = samples;
 }
 
+// Runs of rows whose zeros are the same where they come from the ReLUs of their sample: windows also share the place.
+Tensor Walk::alike(const Rows& rows) {
+  if (rows.source.source.defined()) return {};
+  find_segments();
+  if (rows.window.dense) return segments_;
+  if (!places_.defined()) {
+    std::vector<int64_t> starts{0};
+    const Tensor sample = index_.sample.contiguous(), position = index_.position.contiguous();
+    const int64_t *of = sample.const_data_ptr<int64_t>(), *at = position.const_data_ptr<int64_t>();
+    for (int64_t q = 1; q < index_.count(); ++q)
+      if (of[q] != of[q - 1] || at[2 * q] != at[2 * q - 2] || at[2 * q + 1] != at[2 * q - 1]) starts.push_back(q);
+    starts.push_back(index_.count());
+    places_ = at::tensor(starts);
+  }
+  return places_;
+}
+
 // Columns that the ReLU after value i leaves alive, where every sample has rows enough to pay for a product of its own.
 LiveColumns Walk::live_columns(int64_t value) {
   constexpr int64_t kRowsThatPay = 48;
@@ -568,7 +592,8 @@ void Walk::conv(int64_t i, Rows rows) {
   if (g.transposed) {  // its transpose is a plain convolution
     rows = dense(i, written(i, std::move(rows)));
     const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
-    const Tensor full = convolve(image, weight, {g.stride, g.padding, g.dilation, {0, 0}, g.groups, false});
+    const Tensor full =
+        convolve(image, weight, {g.stride, g.padding, g.dilation, {0, 0}, g.groups, false}, alike(rows));
     next.data = full.narrow(2, 0, height).narrow(3, 0, width);
     next.source = rows.source;
     return give(node.inputs[0], std::move(next));
@@ -601,7 +626,7 @@ void Walk::conv(int64_t i, Rows rows) {
         rows.data = relayout_rows(rows.data, rows.source, index_, rows.window, rows.window, node.extent());
         rows.source = {};
       }
-      next.data = convolve(rows.data, weight, {g.stride, {0, 0}, g.dilation, {0, 0}, g.groups, true});
+      next.data = convolve(rows.data, weight, {g.stride, {0, 0}, g.dilation, {0, 0}, g.groups, true}, alike(rows));
       next.source = rows.source;
       next.window = window;
       next.inside = false;
@@ -614,7 +639,7 @@ void Walk::conv(int64_t i, Rows rows) {
   };
   const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
   const Pair output_padding{rest(0, height), rest(1, width)};
-  next.data = convolve(image, weight, {g.stride, g.padding, g.dilation, output_padding, g.groups, true});
+  next.data = convolve(image, weight, {g.stride, g.padding, g.dilation, output_padding, g.groups, true}, alike(rows));
   next.source = rows.source;
   give(node.inputs[0], std::move(next));
 }

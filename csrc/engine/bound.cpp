@@ -238,6 +238,13 @@ void Context::refine(int64_t i, bool all) {
     element = rows.select(1, 1).contiguous();
   }
   if (sample.size(0) == 0) return;
+  if (node.image()) {  // rows of one pixel side by side: their windows are the same
+    const int64_t pixels = node.shape[1] * node.shape[2];
+    const Tensor place = sample * node.numel + element.remainder(pixels) * node.shape[0] + element.floor_divide(pixels);
+    const Tensor order = place.argsort();
+    sample = sample.index_select(0, order);
+    element = element.index_select(0, order);
+  }
   const RowCost cost = row_cost(*this, i, true, false);
   const double threshold = only_sign_matters(program_, i) ? 0 : std::numeric_limits<double>::infinity();
   std::vector<Tensor> lowers, uppers;

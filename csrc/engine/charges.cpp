@@ -7,6 +7,7 @@
 
 #include "engine/context.h"
 #include "ops/charge.h"
+#include "ops/convolution.h"
 #include "ops/testing.h"
 
 namespace pycert::engine {
@@ -76,7 +77,9 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
   const int64_t channels = dense ? plain.size(0) : node.shape[0];
   if (!dense) {
     const int64_t taps = plain.size(2) * plain.size(3), groups = node.conv.groups;
-    ours = double((transposed ? plain.size(1) : plain.size(0) / groups) * taps);
+    ConvGeometry back = node.conv;
+    back.transposed = !transposed;
+    ours = double(convolution_chain(plain, back));
     terms = double((transposed ? plain.size(0) / groups : plain.size(1)) * taps);
   }
   const double u = dtype_ == at::kFloat ? 0x1p-24 : 0x1p-53, tiny = dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022;
