@@ -185,6 +185,14 @@ py::tuple bound(const Program& program, std::vector<at::Tensor> params, const st
                         optional_tensor(result.c_upper));
 }
 
+at::Tensor loss_bound(const Program& program, std::vector<at::Tensor> params, const std::vector<RegionTuple>& regions,
+                      Options options, const SpecTuple& spec) {
+  Call call = call_of(std::move(params), regions, std::move(options), spec);
+  py::gil_scoped_release release;
+  Context context(program, std::move(call.params), std::move(call.regions), std::move(call.options));
+  return context.loss_bound(*call.spec);
+}
+
 std::vector<std::tuple<int64_t, at::Tensor, at::Tensor>> layer_bounds(const Program& program,
                                                                       std::vector<at::Tensor> params,
                                                                       const std::vector<RegionTuple>& regions,
@@ -288,6 +296,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            }),
            py::arg("nodes"), py::arg("output"))
       .def("bound", &bound, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
+      .def("loss_bound", &loss_bound, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
       .def("layer_bounds", &layer_bounds, py::arg("params"), py::arg("regions"), py::arg("options"))
       .def("estimate", &estimate, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
       .def_property_readonly("preactivations", &Program::preactivations);

@@ -205,6 +205,17 @@ class BoundedModule(nn.Module):
         excludes = self._excludes(parsed.soundness, regions[0][0])
         return Bounds(lower, upper, linear, parsed.soundness, excludes)
 
+    def _loss_bound(self, region: Region | tuple[Region, ...], y: Tensor, method: str) -> Tensor:
+        """Upper bounds of the cross entropy, see :func:`pycert.train.fused_loss`."""
+        regions, batch = self._regions(region)
+        rows = self._class_rows(y, batch, regions[0][0])
+        parsed = Options(intersect=False, soundness="none")
+        tensors = self._tensors()
+        loss = self._program.loss_bound(tensors, regions, self._native(method, parsed, False), rows)
+        if not math.isfinite(loss.detach().sum().item()):
+            self._diagnose(tensors)
+        return loss
+
     def _shaped(self, coefficients: list[Tensor | None], shape: tuple[int, int]) -> Any:
         if not coefficients or all(A is None for A in coefficients):
             return None

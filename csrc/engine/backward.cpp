@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/avg_pool2d_backward.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/index_add.h>
 #include <ATen/ops/matmul.h>
@@ -14,6 +15,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <cmath>
 #include <limits>
 
 #include "ops/testing.h"
@@ -129,10 +131,27 @@ struct Replace : torch::autograd::Function<Replace> {
   }
 };
 
-// Double to T, downward; NaN becomes -inf.
-Tensor round_down(const Tensor& value, at::ScalarType dtype) {
+// value - error in `dtype`, downward; NaN becomes -inf.
+template <typename T>
+T round_down(double value) {
+  if (value != value) return -std::numeric_limits<T>::infinity();
+  const T nearest = static_cast<T>(value);
+  return double(nearest) > value ? std::nextafter(nearest, -std::numeric_limits<T>::infinity()) : nearest;
+}
+
+Tensor round_down(const Tensor& value, const Tensor& error, at::ScalarType dtype) {
+  if (value.is_cpu()) {  // one pass in place of eight
+    const Tensor v = value.contiguous(), e = error.expand_as(value).contiguous();
+    Tensor out = at::empty(v.sizes(), v.options().dtype(dtype));
+    const double *of_value = v.const_data_ptr<double>(), *of_error = e.const_data_ptr<double>();
+    AT_DISPATCH_FLOATING_TYPES(dtype, "round_down", [&] {
+      scalar_t* to = out.data_ptr<scalar_t>();
+      for (int64_t i = 0; i < v.numel(); ++i) to[i] = round_down<scalar_t>(of_value[i] - of_error[i]);
+    });
+    return out;
+  }
   const double infinity = std::numeric_limits<double>::infinity();
-  const Tensor clean = value.nan_to_num(-infinity, infinity, -infinity);
+  const Tensor clean = (value - error).nan_to_num(-infinity, infinity, -infinity);
   if (dtype == at::kDouble) return clean;
   const Tensor nearest = clean.to(dtype);
   const Tensor below = nearest.nextafter(at::full_like(nearest, -infinity));
@@ -174,7 +193,7 @@ Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const T
 }
 
 Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype) {
-  const Tensor low = round_down((plain - charge).detach(), dtype);
+  const Tensor low = round_down(plain.detach(), charge, dtype);
   if (!any_needs_grad(plain)) return low;
   return Replace::apply(plain.to(dtype), low);
 }
@@ -476,7 +495,7 @@ void Walk::underflow(int64_t i, double terms) {
   if (!context_.sound() || !enabled(Term::Underflow)) return;
   at::NoGradGuard no_grad;
   const double tiny = context_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
-  lost_sums_.push_back(centred_ ? context_.radius(i).sum(1, false, at::kDouble) : context_.absolute_sum(i));
+  lost_sums_.push_back(centred_ ? context_.radius_sum(i) : context_.absolute_sum(i));
   lost_factors_.push_back(tiny * (terms + 2) * (1 + 1e-6));
 }
 
@@ -822,10 +841,7 @@ void Walk::concretise(int64_t i, Rows rows) {
   const auto flat = [](const Tensor& t) { return t.reshape({t.size(0), -1}); };
   Tensor value, centre = ball ? flat(region->centre) : Tensor();
   if (centred_) {  // a ball's centre is its centre
-    const Tensor at = context_.centre(i).to(at::kDouble), low = flat(lower).to(at::kDouble) - at,
-                 high = at - flat(upper).to(at::kDouble);
-    lower = lower_end(low, low.abs() * 0x1p-52, context_.dtype());
-    upper = -lower_end(high, high.abs() * 0x1p-52, context_.dtype());
+    std::tie(lower, upper) = context_.centred_box(i);
     if (ball) centre = at::zeros_like(centre);
   }
   if (ball) {

@@ -116,6 +116,9 @@ Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const T
 // Bounds of the specification's rows with the boxes of the last values that are not affine.
 BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec);
 
+// Bounds of the specification's rows by one walk from the output.
+BoundsResult output_bound(Context& context, const Spec& spec);
+
 // Bytes and floating-point operations of a walk from `start`, per row.
 struct RowCost {
   double bytes = 0, flops = 0;

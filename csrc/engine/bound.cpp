@@ -268,6 +268,8 @@ void Context::refine(int64_t i, bool all) {
   sizes_.erase(i);  // these were of the wider box
   live_.erase(i);
   radius_.erase(i);
+  radius_sums_.erase(i);
+  centred_boxes_.erase(i);
   for (int64_t key : {2 * i, 2 * i + 1}) charges_.erase(key);
   for (int64_t key = 4 * i; key < 4 * i + 4; ++key) relax_charges_.erase(key);
 }
@@ -352,6 +354,8 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
 BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec) {
   return walk_output(context, spec, true, false);
 }
+
+BoundsResult output_bound(Context& context, const Spec& spec) { return walk_output(context, spec, false, false); }
 
 BoundsResult Context::bound(const std::optional<Spec>& spec) {
   const int64_t output = program_.output();

@@ -422,7 +422,8 @@ void Context::forget_caches() {
   for (auto* cache : {&lines_, &relu_lines_, &flattest_lines_, &centred_lines_}) cache->clear();
   for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
   for (auto* cache : {&planes_, &centred_planes_}) cache->clear();
-  for (auto* cache : {&radius_, &charges_, &relax_charges_}) cache->clear();
+  for (auto* cache : {&radius_, &radius_sums_, &charges_, &relax_charges_}) cache->clear();
+  centred_boxes_.clear();
   sizes_.clear();
   live_.clear();
 }
