@@ -53,7 +53,7 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
                         Pair padding, Pair dilation, Pair output_padding, int64_t groups, bool transposed,
                         const Runs& runs) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, w});
+    ctx->save_for_backward({x, w, runs.starts});
     const auto ints = [](const Pair& p) { return std::vector<int64_t>(p.begin(), p.end()); };
     ctx->saved_data["stride"] = ints(stride);
     ctx->saved_data["padding"] = ints(padding);
@@ -67,12 +67,27 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
                                                  torch::autograd::variable_list grads) {
     PrecisionGuard guard;
     const auto s = ctx->get_saved_variables();
-    const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
-    auto [x, w, unused] = at::convolution_backward(grads[0], s[0], s[1], {}, ints("stride"), ints("padding"),
-                                                   ints("dilation"), ctx->saved_data["transposed"].toBool(),
-                                                   ints("output_padding"), ctx->saved_data["groups"].toInt(),
-                                                   {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});
-    return {x, w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    const Tensor &x = s[0], &w = s[1];
+    const auto pair = [&](const char* name) {
+      const auto ints = ctx->saved_data[name].toIntVector();
+      return Pair{ints[0], ints[1]};
+    };
+    const Pair stride = pair("stride"), padding = pair("padding"), dilation = pair("dilation");
+    const int64_t groups = ctx->saved_data["groups"].toInt();
+    const bool transposed = ctx->saved_data["transposed"].toBool();
+    Tensor to_x, to_w;
+    if (ctx->needs_input_grad(0)) {
+      Pair rest{0, 0};
+      for (int64_t axis = 0; !transposed && axis < 2; ++axis)
+        rest[size_t(axis)] =
+            x.size(axis + 2) - ((grads[0].size(axis + 2) - 1) * stride[size_t(axis)] - 2 * padding[size_t(axis)] +
+                                dilation[size_t(axis)] * (w.size(axis + 2) - 1) + 1);
+      to_x = rows_convolution(grads[0], w, {stride, padding, dilation, rest, groups, !transposed}, s[2]);
+    }
+    if (ctx->needs_input_grad(1))
+      to_w = std::get<1>(at::convolution_backward(grads[0], x, w, {}, stride, padding, dilation, transposed,
+                                                  pair("output_padding"), groups, {false, true, false}));
+    return {to_x, to_w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
