@@ -266,7 +266,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<Options>(m, "Options")
       .def(py::init([](int64_t method, int64_t slope, int64_t soundness, int64_t side, bool intersect,
-                       bool return_linear, int64_t memory, std::vector<bool> training, int64_t iterations,
+                       bool return_linear, bool fast, int64_t memory, std::vector<bool> training, int64_t iterations,
                        double learning_rate, bool shared, bool intermediate, double threshold) {
              Options o;
              o.method = engine::Method(method);
@@ -275,13 +275,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              o.side = engine::Side(side);
              o.intersect = intersect;
              o.return_linear = return_linear;
+             o.fast = fast;
              o.memory = memory;
              o.training = std::move(training);
              o.ascent = {iterations, learning_rate, shared, intermediate, threshold};
              return o;
            }),
            py::arg("method"), py::arg("slope"), py::arg("soundness"), py::arg("side"), py::arg("intersect"),
-           py::arg("return_linear"), py::arg("memory"), py::arg("training"), py::arg("iterations"),
+           py::arg("return_linear"), py::arg("fast"), py::arg("memory"), py::arg("training"), py::arg("iterations"),
            py::arg("learning_rate"), py::arg("shared"), py::arg("intermediate"), py::arg("threshold"))
       .def("set_custom", [](Options& o, py::function lines, py::function interval) {
         o.custom_lines = lines_callback(std::move(lines));

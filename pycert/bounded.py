@@ -149,7 +149,9 @@ class BoundedModule(nn.Module):
             slope: lower slope of an unstable ReLU: ``"adaptive"``, ``"parallel"``, ``"zero"``, ``"one"``.
             intersect: intersect every intermediate bound and the result with the interval bound.
             soundness: ``"deployed"``, ``"real"`` or ``"none"``; see docs/soundness.md.
-            precision: ``"exact"``.
+            precision: ``"exact"``, or ``"fast"``: the radii of interval convolutions are formed in bfloat16,
+                rounded up, where the processor has it and eight images or more share the work. As sound,
+                and some percent wider (docs/soundness.md).
             memory: budget for the rows of one chunk, as ``"2GiB"``; by default a quarter of what is free.
             iterations: of ``"alpha-crown"``: gradient steps, by default 20; 0 gives the bounds of crown.
             learning_rate: of ``"alpha-crown"``: of its first step, by default 0.5; falls by 2 % a step.
@@ -306,6 +308,7 @@ class BoundedModule(nn.Module):
                 side=SIDES.index(options.side),
                 intersect=options.intersect,
                 return_linear=return_linear,
+                fast=options.precision == "fast",
                 memory=max(memory, 2**26) if method == "ibp" else memory,
                 training=list(training),
                 iterations=options.iterations if ascent else 0,

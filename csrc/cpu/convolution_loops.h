@@ -8,98 +8,14 @@
 //
 // Registers run over the outputs and scalars over the rows; where the outputs are few it is the other way round.
 
-// What the instruction sets differ in: the first `count` elements of memory, and whether any element is not zero.
-#if PYCERT_LANES == 8
-PYCERT_INLINE Register<float> load_first(const float* from, int64_t count) {
-  return (Register<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
-}
-PYCERT_INLINE Register<double> load_first(const double* from, int64_t count) {
-  return (Register<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
-}
-PYCERT_INLINE void store_first(float* to, Register<float> v, int64_t count) {
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
-}
-PYCERT_INLINE void store_first(double* to, Register<double> v, int64_t count) {
-  _mm512_mask_storeu_pd(to, static_cast<__mmask8>((1u << count) - 1), (__m512d)v);
-}
-PYCERT_INLINE bool any_nonzero(Register<float> v) {
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NEQ_UQ) != 0;
-}
-PYCERT_INLINE bool any_nonzero(Register<double> v) {
-  return _mm512_cmp_pd_mask((__m512d)v, _mm512_setzero_pd(), _CMP_NEQ_UQ) != 0;
-}
-#elif PYCERT_LANES == 4
-PYCERT_INLINE __m256i first_mask(int64_t count, float) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-PYCERT_INLINE __m256i first_mask(int64_t count, double) {
-  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
-}
-PYCERT_INLINE Register<float> load_first(const float* from, int64_t count) {
-  return (Register<float>)_mm256_maskload_ps(from, first_mask(count, 0.0f));
-}
-PYCERT_INLINE Register<double> load_first(const double* from, int64_t count) {
-  return (Register<double>)_mm256_maskload_pd(from, first_mask(count, 0.0));
-}
-PYCERT_INLINE void store_first(float* to, Register<float> v, int64_t count) {
-  _mm256_maskstore_ps(to, first_mask(count, 0.0f), (__m256)v);
-}
-PYCERT_INLINE void store_first(double* to, Register<double> v, int64_t count) {
-  _mm256_maskstore_pd(to, first_mask(count, 0.0), (__m256d)v);
-}
-PYCERT_INLINE bool any_nonzero(Register<float> v) {
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_NEQ_UQ)) != 0;
-}
-PYCERT_INLINE bool any_nonzero(Register<double> v) {
-  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)v, _mm256_setzero_pd(), _CMP_NEQ_UQ)) != 0;
-}
-#endif
-
+// What an element of a laid-out row and of a packed weight is: a number, or (isa_bf16.cpp) two neighbouring channels
+// in bfloat16, rounded up.
 template <typename T>
-inline constexpr int kRegisterWidth = sizeof(Register<T>) / sizeof(T);
-
-// Lanes of a pair of registers whose blocks of kStep trade places: one step of a transposition.
-template <int kStep, bool kSecond, typename T, size_t... kLane>
-PYCERT_INLINE Register<T> trade(Register<T> a, Register<T> b, std::index_sequence<kLane...>) {
-  constexpr int kWidth = kRegisterWidth<T>;
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integer;
-  typedef Integer Lane __attribute__((vector_size(sizeof(Register<T>))));
-  constexpr Lane kFrom = {Integer((int(kLane) & kStep) == 0 ? int(kLane) + (kSecond ? kStep : 0)
-                                                            : kWidth + int(kLane) - (kSecond ? 0 : kStep))...};
-  return __builtin_shuffle(a, b, kFrom);
-}
-
-template <int kStep, typename T>
-PYCERT_INLINE void transpose_registers(Register<T>* v) {
-  constexpr int kWidth = kRegisterWidth<T>;
-  if constexpr (kStep < kWidth) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) {
-      if ((i & kStep) != 0) continue;
-      const Register<T> a = v[i], b = v[i + kStep];
-      v[i] = trade<kStep, false, T>(a, b, std::make_index_sequence<kWidth>());
-      v[i + kStep] = trade<kStep, true, T>(a, b, std::make_index_sequence<kWidth>());
-    }
-    transpose_registers<2 * kStep, T>(v);
-  }
-}
-
-// [rows, columns] at a stride to [columns, written] at another; written >= rows, those without a row as zeros.
-template <typename T>
-void transpose_block(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride,
-                     int64_t written) {
-  constexpr int64_t kWidth = kRegisterWidth<T>;
-  for (int64_t r = 0; r < written; r += kWidth)
-    for (int64_t c = 0; c < columns; c += kWidth) {
-      const int64_t high = std::min(kWidth, written - r), wide = std::min(kWidth, columns - c);
-      Register<T> v[kWidth];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kWidth; ++i)
-        v[i] = r + i < rows ? load_first(from + (r + i) * from_stride + c, wide) : Register<T>{};
-      transpose_registers<1, T>(v);
-      for (int64_t i = 0; i < wide; ++i) store_first(to + (c + i) * to_stride + r, v[i], high);
-    }
-}
+struct Numbers {
+  static constexpr int64_t kChannels = 1;
+  static T pack(T value, T) { return value; }
+  static PYCERT_INLINE Register<T> multiply_add(Register<T> a, Register<T> b, Register<T> c) { return fused(a, b, c); }
+};
 
 // One axis: the taps of every output and the inputs they meet.
 struct ConvolutionAxis {
@@ -124,9 +40,10 @@ struct ConvolutionAxis {
 };
 
 // How the work is cut: strips of rows, bands of the result's lines.
-template <typename T>
+template <typename T, typename Kind>
 struct ConvolutionPlan {
   ConvolutionAxis vertical, horizontal;
+  int64_t depth;                // elements that one output sums over in a tap
   bool few;                     // few outputs: registers over the rows
   int64_t strip_rows;           // at most, in one strip
   int64_t side;                 // room for the rows of a strip, side by side
@@ -140,11 +57,12 @@ struct ConvolutionPlan {
   explicit ConvolutionPlan(const ConvolutionArgs<T>& a)
       : vertical(a.in_height, a.out_height, a.tap_height, a.vertical),
         horizontal(a.in_width, a.out_width, a.tap_width, a.horizontal) {
+    depth = (a.inner + Kind::kChannels - 1) / Kind::kChannels;
     few = a.outer <= kTileRows;
     strip_rows = few ? kColumns : kTileRows;
     side = few ? kColumns : (kTileRows + kWidth - 1) / kWidth * kWidth;
     tiles = few ? 1 : (a.outer + kColumns - 1) / kColumns;
-    panel = a.tap_height * a.tap_width * a.inner * (few ? a.outer : kColumns);
+    panel = a.tap_height * a.tap_width * depth * (few ? a.outer : kColumns);
     cut_rows(a);
     cut_lines(a);
     pack_weight(a);
@@ -169,8 +87,7 @@ struct ConvolutionPlan {
     const auto& [stride, padding, dilation, transposed] = a.vertical;
     const int64_t reach = (a.tap_height - 1) * dilation + 1;
     band = a.out_height;
-    if (lines < a.in_height)
-      band = transposed ? (lines - (reach - 1) / stride) * stride : (lines - reach) / stride + 1;
+    if (lines < a.in_height) band = transposed ? (lines - (reach - 1) / stride) * stride : (lines - reach) / stride + 1;
     if (count < wanted) band = std::min(band, (a.out_height * count + wanted - 1) / wanted);
     band = std::max<int64_t>(1, band);
     bands = (a.out_height + band - 1) / band;
@@ -179,13 +96,21 @@ struct ConvolutionPlan {
   void pack_weight(const ConvolutionArgs<T>& a) {
     const int64_t taps = a.tap_height * a.tap_width, wide = few ? a.outer : kColumns;
     weight.assign(size_t(a.groups * tiles * panel), T(0));
-    at::parallel_for(0, a.groups * tiles * a.inner, 8, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, a.groups * tiles * depth, 8, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t k = i % a.inner, tile = i / a.inner % tiles, g = i / a.inner / tiles;
-        T* to = weight.data() + (g * tiles + tile) * panel + k * wide;
+        const int64_t k = i % depth * Kind::kChannels, tile = i / depth % tiles, g = i / depth / tiles;
+        const bool second = k + 1 < a.inner;
+        T* to = weight.data() + (g * tiles + tile) * panel + i % depth * wide;
         for (int64_t n = 0; n < std::min(wide, a.outer - tile * wide); ++n) {
           const T* from = a.weight + g * a.weight_group + k * a.weight_inner + (tile * wide + n) * a.weight_outer;
-          for (int64_t tap = 0; tap < taps; ++tap) to[tap * a.inner * wide + n] = from[tap];
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            T value = from[tap], next = second ? from[a.weight_inner + tap] : T(0);
+            if (a.absolute) {
+              value = std::abs(value);
+              next = std::abs(next);
+            }
+            to[tap * depth * wide + n] = Kind::pack(value, next);
+          }
         }
       }
     });
@@ -201,7 +126,7 @@ struct ConvolutionTap {
 };
 
 // R scalars times J registers over all taps, to `to` [R] at a stride.
-template <int R, int J, typename T>
+template <typename Kind, int R, int J, typename T>
 PYCERT_INLINE void convolve_pixel(const ConvolutionTap<T>* taps, int64_t tap_count, int64_t scalar_step,
                                   int64_t register_step, T* to, int64_t stride) {
   Register<T> sum[R][J] = {}, acc[R][J] = {};
@@ -227,9 +152,9 @@ PYCERT_INLINE void convolve_pixel(const ConvolutionTap<T>* taps, int64_t tap_cou
         for (int j = 0; j < J; ++j) __builtin_memcpy(&b[j], from + j * kRegisterWidth<T>, sizeof b[j]);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          const Register<T> value = scalars[r] - Register<T>{};
+          const Register<T> value = everywhere(scalars[r]);
 #pragma GCC unroll 2
-          for (int j = 0; j < J; ++j) acc[r][j] = fused(value, b[j], acc[r][j]);
+          for (int j = 0; j < J; ++j) acc[r][j] = Kind::multiply_add(value, b[j], acc[r][j]);
         }
       }
       pending += end - start;
@@ -251,7 +176,7 @@ struct ConvolutionRoom {
 };
 
 // Rows [from, from + count) of lines [low, high) of the input, side by side, and what is not zero in all of them.
-template <typename T>
+template <typename Kind, typename T>
 void lay_out_rows(const ConvolutionArgs<T>& a, int64_t side, int64_t group, int64_t from, int64_t count, int64_t low,
                   int64_t high, ConvolutionRoom<T>& room) {
   constexpr int64_t kWidth = kRegisterWidth<T>;
@@ -265,8 +190,16 @@ void lay_out_rows(const ConvolutionArgs<T>& a, int64_t side, int64_t group, int6
   for (int64_t line = 0; line < (all ? 1 : a.inner); ++line)
     transpose_block(first + line * image, row_stride, count, all ? a.inner * pixels : pixels,
                     room.rows.data() + line * pixels * side, side, side);
+  const int64_t channel = pixels * side, depth = (a.inner + Kind::kChannels - 1) / Kind::kChannels;
+  if (Kind::kChannels == 2)
+    for (int64_t k = 0; k < depth; ++k) {
+      const T *even = room.rows.data() + 2 * k * channel, *odd = 2 * k + 1 < a.inner ? even + channel : nullptr;
+      T* to = room.rows.data() + k * channel;  // never behind what is still read
+#pragma GCC ivdep
+      for (int64_t e = 0; e < channel; ++e) to[e] = Kind::pack(even[e], odd == nullptr ? T(0) : odd[e]);
+    }
   const T* values = room.rows.data();
-  for (int64_t k = 0; k < a.inner; ++k)
+  for (int64_t k = 0; k < depth; ++k)
     for (int64_t p = 0; p < pixels; ++p, values += side) {
       bool live = false;
       for (int64_t r = 0; r < side; r += kWidth) {
@@ -280,8 +213,8 @@ void lay_out_rows(const ConvolutionArgs<T>& a, int64_t side, int64_t group, int6
 }
 
 // All pixels of a band, for R scalars and J registers.
-template <int R, int J, typename T>
-void convolve_band(const ConvolutionArgs<T>& a, const ConvolutionPlan<T>& plan, const T* weight, int64_t top,
+template <typename Kind, int R, int J, typename T>
+void convolve_band(const ConvolutionArgs<T>& a, const ConvolutionPlan<T, Kind>& plan, const T* weight, int64_t top,
                    int64_t bottom, int64_t low, int64_t pixels, ConvolutionRoom<T>& room) {
   constexpr int64_t kRegisters = J * kRegisterWidth<T>;
   const int64_t wide = plan.few ? a.outer : plan.kColumns, row_step = pixels * plan.side;
@@ -295,26 +228,27 @@ void convolve_band(const ConvolutionArgs<T>& a, const ConvolutionPlan<T>& plan, 
           const auto &down = plan.vertical.pairs[size_t(v)], &across = plan.horizontal.pairs[size_t(h)];
           const int64_t pixel = (down.at - low) * a.in_width + across.at;
           const T *of_rows = room.rows.data() + pixel * plan.side,
-                  *of_weight = weight + (down.tap * a.tap_width + across.tap) * a.inner * wide;
+                  *of_weight = weight + (down.tap * a.tap_width + across.tap) * plan.depth * wide;
           room.taps[size_t(count++)] = {plan.few ? of_weight : of_rows, plan.few ? of_rows : of_weight,
                                         room.live.data() + pixel * a.inner, room.counts[size_t(pixel)]};
         }
-      convolve_pixel<R, J>(room.taps.data(), count, plan.few ? wide : row_step, plan.few ? row_step : wide,
-                           room.result.data() + p * kRegisters, results * kRegisters);
+      convolve_pixel<Kind, R, J>(room.taps.data(), count, plan.few ? wide : row_step, plan.few ? row_step : wide,
+                                 room.result.data() + p * kRegisters, results * kRegisters);
     }
 }
 
-template <int R, int J, typename T>
-void convolve_scalars(int64_t scalars, const ConvolutionArgs<T>& a, const ConvolutionPlan<T>& plan, const T* weight,
-                      int64_t top, int64_t bottom, int64_t low, int64_t pixels, ConvolutionRoom<T>& room) {
+template <typename Kind, int R, int J, typename T>
+void convolve_scalars(int64_t scalars, const ConvolutionArgs<T>& a, const ConvolutionPlan<T, Kind>& plan,
+                      const T* weight, int64_t top, int64_t bottom, int64_t low, int64_t pixels,
+                      ConvolutionRoom<T>& room) {
   if constexpr (R > 0) {
-    if (scalars == R) return convolve_band<R, J>(a, plan, weight, top, bottom, low, pixels, room);
-    convolve_scalars<R - 1, J>(scalars, a, plan, weight, top, bottom, low, pixels, room);
+    if (scalars == R) return convolve_band<Kind, R, J>(a, plan, weight, top, bottom, low, pixels, room);
+    convolve_scalars<Kind, R - 1, J>(scalars, a, plan, weight, top, bottom, low, pixels, room);
   }
 }
 
-template <typename T>
-void convolve_strip(const ConvolutionArgs<T>& a, const ConvolutionPlan<T>& plan, int64_t group, int64_t strip,
+template <typename Kind, typename T>
+void convolve_strip(const ConvolutionArgs<T>& a, const ConvolutionPlan<T, Kind>& plan, int64_t group, int64_t strip,
                     int64_t top, int64_t bottom, ConvolutionRoom<T>& room) {
   constexpr int64_t kWidth = kRegisterWidth<T>;
   const int64_t from = plan.strips[size_t(strip)], count = plan.strips[size_t(strip) + 1] - from;
@@ -325,7 +259,7 @@ void convolve_strip(const ConvolutionArgs<T>& a, const ConvolutionPlan<T>& plan,
     high = std::max(high, plan.vertical.pairs[size_t(v)].at + 1);
   }
   low = std::min(low, high);
-  lay_out_rows(a, plan.side, group, from, count, low, high, room);
+  lay_out_rows<Kind>(a, plan.side, group, from, count, low, high, room);
   room.taps.resize(size_t(a.tap_height * a.tap_width));
   const int64_t pixels = (high - low) * a.in_width;
   for (int64_t tile = 0; tile < plan.tiles; ++tile) {
@@ -335,9 +269,9 @@ void convolve_strip(const ConvolutionArgs<T>& a, const ConvolutionPlan<T>& plan,
     const int64_t registers = lanes > kWidth ? 2 : 1, stride = registers * kWidth;
     room.result.resize(size_t(scalars * results * stride));
     if (registers == 2)
-      convolve_scalars<kTileRows, 2>(scalars, a, plan, weight, top, bottom, low, pixels, room);
+      convolve_scalars<Kind, kTileRows, 2>(scalars, a, plan, weight, top, bottom, low, pixels, room);
     else
-      convolve_scalars<kTileRows, 1>(scalars, a, plan, weight, top, bottom, low, pixels, room);
+      convolve_scalars<Kind, kTileRows, 1>(scalars, a, plan, weight, top, bottom, low, pixels, room);
     T* out = a.out + ((from * a.groups + group) * a.outer + first) * image + top * a.out_width;
     const int64_t row_stride = a.groups * a.outer * image;
     for (int64_t s = 0; s < scalars; ++s)
@@ -346,10 +280,10 @@ void convolve_strip(const ConvolutionArgs<T>& a, const ConvolutionPlan<T>& plan,
   }
 }
 
-template <typename T>
+template <typename T, typename Kind = Numbers<T>>
 void convolve_rows(const ConvolutionArgs<T>& a) {
   if (a.rows == 0) return;
-  const ConvolutionPlan<T> plan(a);
+  const ConvolutionPlan<T, Kind> plan(a);
   const int64_t strips = int64_t(plan.strips.size()) - 1;
   at::parallel_for(0, strips * plan.bands * a.groups, 1, [&](int64_t begin, int64_t end) {
     ConvolutionRoom<T> room;

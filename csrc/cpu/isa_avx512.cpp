@@ -30,6 +30,7 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 #include "cpu/backsub_loops.h"
 #include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
+#include "cpu/registers.h"
 #include "cpu/product_loops.h"
 #include "cpu/convolution_loops.h"
 #include "cpu/isa_table.h"

@@ -159,6 +159,7 @@ struct ConvolutionArgs {
   ConvolutionGeometry vertical, horizontal;
   int64_t segments;               // runs of rows whose zeros are likely the same
   const int64_t* segment_starts;  // [segments + 1]
+  bool absolute;                  // |weight|
 };
 
 // Phases of a strided transposed convolution back into images, cut to size: pixel (y, x) is that of phase
@@ -335,5 +336,10 @@ template <typename T>
 const Kernels<T>& kernels();
 
 const char* instruction_set();
+
+// |weight| times rows that are not negative, both in bfloat16 rounded up, sums in float32 (two roundings a product at
+// most); null where the processor has no such products.
+using RadiusKernel = void (*)(const ConvolutionArgs<float>&);
+RadiusKernel fast_radius();
 
 }  // namespace pycert::cpu

@@ -4,23 +4,6 @@
 // The sum over K is cut into blocks of kProductBlock products that start from zero in registers; the block sums are
 // added one after another. A chain then has kProductBlock + K / kProductBlock roundings, however long the row.
 
-#if PYCERT_LANES == 8
-inline constexpr int kTileRows = 12;
-PYCERT_INLINE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-PYCERT_INLINE __m512d fused(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
-#elif PYCERT_LANES == 4
-inline constexpr int kTileRows = 6;
-PYCERT_INLINE __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-PYCERT_INLINE __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
-#endif
-
-template <typename T>
-struct RegisterOf {
-  typedef T Type __attribute__((vector_size(kStrands * sizeof(double))));
-};
-template <typename T>
-using Register = typename RegisterOf<T>::Type;
-
 template <typename T>
 inline constexpr int64_t kTileColumns = 2 * sizeof(Register<T>) / sizeof(T);
 
@@ -194,15 +177,11 @@ PYCERT_INLINE void dual_tile(const T* weight, int64_t stride, const T* packed, i
 template <int J, typename T>
 void dual_group(const DualProductArgs<T>& a, int64_t first, int64_t samples, std::vector<T>& packed) {
   constexpr int64_t kWidth = sizeof(Register<T>) / sizeof(T), kSamples = J * kWidth, R = kDualRows<J>;
-  packed.assign(size_t(a.count * 2 * kSamples), T(0));
+  packed.resize(size_t(a.count * 2 * kSamples));
   at::parallel_for(0, a.count, 1 + 8192 / samples, [&](int64_t begin, int64_t end) {
-    for (int64_t b = 0; b < samples; ++b) {
-      const T *mid = a.mid + (first + b) * a.count, *radius = a.radius + (first + b) * a.count;
-      for (int64_t k = begin; k < end; ++k) {
-        packed[size_t(k * 2 * kSamples + b)] = mid[k];
-        packed[size_t((k * 2 + 1) * kSamples + b)] = radius[k];
-      }
-    }
+    for (int64_t part = 0; part < 2; ++part)
+      transpose_block((part == 0 ? a.mid : a.radius) + first * a.count + begin, a.count, samples, end - begin,
+                      packed.data() + (begin * 2 + part) * kSamples, 2 * kSamples, kSamples);
   });
   const int64_t strips = (a.rows + R - 1) / R;
   at::parallel_for(0, strips, 1 + 65536 / (a.count * R * J), [&](int64_t begin, int64_t end) {

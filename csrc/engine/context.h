@@ -36,6 +36,7 @@ struct Options {
   Side side = Side::Both;
   bool intersect = false;
   bool return_linear = false;
+  bool fast = false;                  // precision="fast": radii of convolutions in bfloat16, rounded up
   int64_t memory = int64_t(1) << 30;  // bytes for the rows of one chunk
   std::vector<bool> training;         // of every BatchNorm
   Ascent ascent;

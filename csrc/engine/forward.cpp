@@ -261,6 +261,7 @@ Box Context::interval_step(int64_t i) {
     }
     case Op::Conv: {
       const auto& [l, u] = box(node.inputs[0]);
+      const FastRadius fast(options_.fast);
       return interval_conv2d(l, u, weight(node), optional_of(bias(node)), node.conv, options_.soundness,
                              extra_terms(i));
     }

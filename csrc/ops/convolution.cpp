@@ -34,6 +34,55 @@ int64_t size_after(int64_t size, int64_t taps, const ConvGeometry& g, size_t axi
   return (size + 2 * g.padding[axis] - reach) / g.stride[axis] + 1;
 }
 
+// Checked and contiguous.
+Tensor by_kernel(const Tensor& rows, const Tensor& weight, const ConvGeometry& g, const Tensor& segments, bool absolute,
+                 bool fast) {
+  const auto [inner, outer] = channels_of(weight, g);
+  const int64_t count = rows.size(0), taps = weight.size(2) * weight.size(3),
+                height = size_after(rows.size(2), weight.size(2), g, 0),
+                width = size_after(rows.size(3), weight.size(3), g, 1);
+  TORCH_CHECK_VALUE(height > 0 && width > 0, "convolution: images ", rows.sizes(), " are too small for the weight ",
+                    weight.sizes());
+  Tensor out = at::empty({count, g.groups * outer, height, width}, rows.options());
+  const std::array<int64_t, 2> whole{0, count};
+  const auto axis = [&](size_t i) {
+    return cpu::ConvolutionGeometry{g.stride[i], g.padding[i], g.dilation[i], g.transposed};
+  };
+  const int64_t first = weight.size(1) * taps;  // stride of the weight's first dimension
+  const auto arguments = [&](auto* as) {
+    using T = std::remove_pointer_t<decltype(as)>;
+    return cpu::ConvolutionArgs<T>{rows.const_data_ptr<T>(),
+                                   weight.const_data_ptr<T>(),
+                                   out.data_ptr<T>(),
+                                   count,
+                                   g.groups,
+                                   inner,
+                                   outer,
+                                   rows.size(2),
+                                   rows.size(3),
+                                   height,
+                                   width,
+                                   weight.size(2),
+                                   weight.size(3),
+                                   weight.size(0) / g.groups * first,
+                                   g.transposed ? first : taps,
+                                   g.transposed ? taps : first,
+                                   axis(0),
+                                   axis(1),
+                                   segments.defined() ? segments.size(0) - 1 : 1,
+                                   segments.defined() ? segments.const_data_ptr<int64_t>() : whole.data(),
+                                   absolute};
+  };
+  if (fast) {
+    cpu::fast_radius()(arguments(static_cast<float*>(nullptr)));
+    return out;
+  }
+  AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "convolution", [&] {
+    cpu::kernels<scalar_t>().convolve_rows(arguments(static_cast<scalar_t*>(nullptr)));
+  });
+  return out;
+}
+
 Tensor rows_convolution_cpu(const Tensor& rows, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
                             IntArrayRef dilation, IntArrayRef output_padding, int64_t groups, bool transposed,
                             const OptionalTensor& segments) {
@@ -44,50 +93,31 @@ Tensor rows_convolution_cpu(const Tensor& rows, const Tensor& weight, IntArrayRe
     return Pair{v[0], v[1]};
   };
   const ConvGeometry g{pair(stride), pair(padding), pair(dilation), pair(output_padding), groups, transposed};
-  const auto [inner, outer] = channels_of(weight, g);
-  TORCH_CHECK_VALUE(rows.dim() == 4 && weight.dim() == 4 && rows.size(1) == inner * groups,
+  TORCH_CHECK_VALUE(rows.dim() == 4 && weight.dim() == 4 && rows.size(1) == channels_of(weight, g).first * groups,
                     "rows_convolution: rows must be [Q, C, H, W] with the channels of the weight, got ", rows.sizes(),
                     " and ", weight.sizes());
   PrecisionGuard guard;
   if (!has_kernel(weight, g)) return direct_conv2d(rows, weight, g);
-  const Tensor in = rows.contiguous(), w = weight.contiguous();
-  const int64_t count = in.size(0), taps = w.size(2) * w.size(3), height = size_after(in.size(2), w.size(2), g, 0),
-                width = size_after(in.size(3), w.size(3), g, 1);
-  TORCH_CHECK_VALUE(height > 0 && width > 0, "rows_convolution: rows ", rows.sizes(), " are too small for the weight ",
-                    weight.sizes());
-  Tensor out = at::empty({count, groups * outer, height, width}, in.options());
-  const Tensor runs = segments.has_value() ? segments->contiguous() : Tensor();
-  const std::array<int64_t, 2> whole{0, count};
-  const auto axis = [&](size_t i) {
-    return cpu::ConvolutionGeometry{g.stride[i], g.padding[i], g.dilation[i], transposed};
-  };
-  const int64_t first = w.size(1) * taps;  // stride of the weight's first dimension
-  AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "rows_convolution", [&] {
-    cpu::kernels<scalar_t>().convolve_rows({in.const_data_ptr<scalar_t>(),
-                                            w.const_data_ptr<scalar_t>(),
-                                            out.data_ptr<scalar_t>(),
-                                            count,
-                                            groups,
-                                            inner,
-                                            outer,
-                                            in.size(2),
-                                            in.size(3),
-                                            height,
-                                            width,
-                                            w.size(2),
-                                            w.size(3),
-                                            w.size(0) / groups * first,
-                                            transposed ? first : taps,
-                                            transposed ? taps : first,
-                                            axis(0),
-                                            axis(1),
-                                            runs.defined() ? runs.size(0) - 1 : 1,
-                                            runs.defined() ? runs.const_data_ptr<int64_t>() : whole.data()});
-  });
-  return out;
+  return by_kernel(rows.contiguous(), weight.contiguous(), g, segments.has_value() ? segments->contiguous() : Tensor(),
+                   false, false);
 }
 
 }  // namespace
+
+bool has_fast_radius(at::ScalarType dtype) { return dtype == at::kFloat && cpu::fast_radius() != nullptr; }
+
+// Measured on the networks of the benchmarks: below these the library is faster.
+bool interval_convolutions_pay(const Tensor& mid, const Tensor& weight, const ConvGeometry& g) {
+  constexpr int64_t kImages = 8, kChannels = 8;
+  return mid.size(0) >= kImages && has_kernel(weight, g) && channels_of(weight, g).first >= kChannels;
+}
+
+IntervalProducts interval_convolutions(const Tensor& mid, const Tensor& radius, const Tensor& weight,
+                                       const ConvGeometry& g, bool fast) {
+  const Tensor w = weight.contiguous();
+  return {by_kernel(mid.contiguous(), w, g, {}, false, false),
+          by_kernel(radius.contiguous(), w, g, {}, true, fast && has_fast_radius(weight.scalar_type()))};
+}
 
 int64_t convolution_chain(const Tensor& weight, const ConvGeometry& g) {
   const int64_t inner = channels_of(weight, g).first, taps = weight.size(2) * weight.size(3), terms = inner * taps;

@@ -11,6 +11,17 @@ namespace pycert {
 at::Tensor rows_convolution(const at::Tensor& rows, const at::Tensor& weight, const ConvGeometry& geometry,
                             const at::Tensor& segments = {});
 
+// The two products of an interval pass, weight * mid and |weight| * radius, by the same kernel; the radius in bfloat16,
+// rounded up, where `fast` and the processor has such products: a chain then has four roundings in place of one.
+struct IntervalProducts {
+  at::Tensor centre, radius;
+};
+IntervalProducts interval_convolutions(const at::Tensor& mid, const at::Tensor& radius, const at::Tensor& weight,
+                                       const ConvGeometry& geometry, bool fast);
+// Whether that pays for a batch, against the library.
+bool interval_convolutions_pay(const at::Tensor& mid, const at::Tensor& weight, const ConvGeometry& geometry);
+bool has_fast_radius(at::ScalarType dtype);
+
 // Length of one summation chain of rows_convolution, at most.
 int64_t convolution_chain(const at::Tensor& weight, const ConvGeometry& geometry);
 

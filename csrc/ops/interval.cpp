@@ -23,6 +23,7 @@
 #include <limits>
 
 #include "cpu/kernels.h"
+#include "ops/convolution.h"
 #include "ops/product.h"
 #include "ops/testing.h"
 
@@ -179,7 +180,8 @@ struct Charges {
   double own_chain = 0, extra = 0;
 };
 
-Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64_t extra, at::ScalarType dtype) {
+Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64_t extra, at::ScalarType dtype,
+                    int64_t radius_chain = 0) {
   Charges c;
   c.sound = soundness != Soundness::None;
   if (!c.sound) return c;
@@ -191,7 +193,10 @@ Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64
     if (!enabled(Term::BatchNorm)) extra = 0;
     c.deployed = gamma(double(terms + 2 + extra), dtype);
   }
-  if (enabled(Term::RadiusProduct)) c.radius_inflation = (1 + 1e-12) / (1 - gamma(double(own_chain + 1), dtype));
+  if (enabled(Term::RadiusProduct)) {
+    const int64_t chain = std::max(own_chain, radius_chain);
+    c.radius_inflation = (1 + 1e-12) / (1 - gamma(double(chain + 1), dtype));
+  }
   return c;
 }
 
@@ -298,6 +303,15 @@ Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
   const int64_t per_group = transposed ? weight.size(0) / groups : weight.size(1);
   const int64_t terms = per_group * weight.size(2) * weight.size(3);
+  if (interval_convolutions_pay(lower, weight, g)) {
+    const bool fast = FastRadius::on() && has_fast_radius(lower.scalar_type());
+    const int64_t chain = convolution_chain(weight, g) + 1;
+    const Charges c =
+        charges_for(chain, terms, Soundness(soundness), extra_terms, lower.scalar_type(), fast ? 4 * chain : 0);
+    const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
+    const auto [centre, radius] = interval_convolutions(p.mid, p.radius, weight, g, fast);
+    return enclose(centre, radius, bias, p.sums, c);
+  }
   const Charges c = charges_for(terms + 1, terms, Soundness(soundness), extra_terms, lower.scalar_type());
   const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
   return enclose(direct_conv2d(p.mid, weight, g), direct_conv2d(p.radius, weight.abs(), g), bias, p.sums, c);
@@ -366,13 +380,30 @@ TensorTuple4 conv2d_backward_cpu(const Tensor& grad_lower, const Tensor& grad_up
                                  at::IntArrayRef output_padding, int64_t groups, std::array<bool, 3> needed) {
   PrecisionGuard guard;
   const Tensor dc = grad_lower + grad_upper, dr = grad_upper - grad_lower;
-  const std::array<bool, 3> mask{needed[0], needed[1], false};
+  std::array<bool, 3> mask{needed[0], needed[1], false};
   const auto backward = [&](const Tensor& grad, const Tensor& input, const Tensor& w) {
     return at::convolution_backward(grad, input, w, {}, stride, padding, dilation, transposed, output_padding, groups,
                                     mask);
   };
   Tensor grad_mid, grad_radius, weight_mid, weight_radius, bias;
-  if (needed[0] || needed[1]) {
+  ConvGeometry back = geometry_of(stride, padding, dilation, !transposed, output_padding, groups);
+  const bool by_kernel = needed[0] && interval_convolutions_pay(dc, weight, back);
+  if (by_kernel) {
+    for (size_t axis = 0; axis < 2; ++axis)
+      back.output_padding[axis] =
+          transposed ? 0
+                     : lower.size(int64_t(axis) + 2) -
+                           ((dc.size(int64_t(axis) + 2) - 1) * back.stride[axis] - 2 * back.padding[axis] +
+                            back.dilation[axis] * (weight.size(int64_t(axis) + 2) - 1) + 1);
+    const auto products = interval_convolutions(dc, dr, weight, back, false);
+    grad_mid = products.centre;
+    grad_radius = products.radius;
+    if (needed[1]) {
+      mask[0] = false;
+      weight_mid = std::get<1>(backward(dc, (lower + upper).div_(2), weight));
+      weight_radius = std::get<1>(backward(dr, (upper - lower).div_(2), weight));
+    }
+  } else if (needed[0] || needed[1]) {
     std::tie(grad_mid, weight_mid, std::ignore) = backward(dc, (lower + upper).div_(2), weight);
     std::tie(grad_radius, weight_radius, std::ignore) = backward(dr, (upper - lower).div_(2), weight.abs());
   }
@@ -622,7 +653,13 @@ Box add_autograd(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_l
   return call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
 }
 
+thread_local bool fast_radius = false;
+
 }  // namespace
+
+FastRadius::FastRadius(bool on) : before_(fast_radius) { fast_radius = on; }
+FastRadius::~FastRadius() { fast_radius = before_; }
+bool FastRadius::on() { return fast_radius; }
 
 Box interval_linear(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
                     Soundness soundness, int64_t extra_terms) {
