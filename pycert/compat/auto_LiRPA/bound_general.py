@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycert.compat.auto_LiRPA import _engine, _introspection
+from pycert.compat.auto_LiRPA import _engine, _introspection, output_constraints, solver_module
 from pycert.compat.auto_LiRPA._engine import Question
 from pycert.compat.auto_LiRPA._options import BoundOpts
 from pycert.compat.auto_LiRPA.bounded_tensor import BoundedParameter, plain
 from pycert.compat.auto_LiRPA.operators import Bound, BoundBuffers, BoundExp, BoundInput, BoundParams
+from pycert.compat.auto_LiRPA.perturbations import PerturbationLpNorm
 from pycert.compat.auto_LiRPA.utils import unpack_inputs
+from pycert.errors import UnsupportedOperator
 
+#: Rounds of tightening under output constraints.
+_ROUNDS = 3
 #: Arguments of ``compute_bounds`` that ask for what is not here.
 _REFUSED = ("average_A", "intermediate_constr", "alpha_idx", "cutter", "update_mask")
 
@@ -68,9 +72,8 @@ class BoundedModule(nn.Module):
         self._opts = BoundOpts(bound_opts)
         self.global_input = tuple(plain(value) for value in given)
         object.__setattr__(self, "net", model)
-        with self._mode(False):
-            self._network = _engine.Network(model, self.global_input)
-        self.final_shape = self._shape_of_output()
+        self._traced: _engine.Network | None = None
+        self._trace(self.global_input, tolerant=True)
         self._nodes: _introspection.Nodes | None = None
         self._x: tuple[Any, ...] | None = None
         self._aux: Any = None
@@ -121,10 +124,37 @@ class BoundedModule(nn.Module):
             fn(value) if value.dtype.is_floating_point else value for value in self.global_input
         )
         self.device = _device_of(self.net, self.global_input[0])
-        with self._mode(False):
-            self._network = _engine.Network(self.net, self.global_input)
+        self._trace(self.global_input, tolerant=True)
         self._forget()
         return self
+
+    def _trace(self, examples: tuple[Any, ...], tolerant: bool = False) -> None:
+        """Traces the network; ``tolerant``: where its forward does not run with a batch, waits for an input.
+
+        An example without a batch dimension is such a case: auto_LiRPA takes any that the forward takes.
+        """
+        self._traced = None
+        try:
+            with self._mode(False):
+                self._traced = _engine.Network(self.net, tuple(plain(value) for value in examples))
+        except UnsupportedOperator:
+            raise
+        except (RuntimeError, ValueError, IndexError):
+            if not tolerant:
+                raise
+
+    @property
+    def _network(self) -> _engine.Network:
+        if self._traced is None:
+            self._trace(self.global_input if self._x is None else self._x)
+        assert self._traced is not None
+        return self._traced
+
+    @property
+    def final_shape(self) -> torch.Size:
+        """Shape of the output, with the example's batch."""
+        graph = self._network.engine.graph
+        return torch.Size((self.global_input[0].shape[0], *graph.nodes[graph.output].shape))
 
     def train(self, mode: bool = True) -> BoundedModule:
         """Training or evaluation mode of what this module computes; the network itself keeps its own mode.
@@ -290,9 +320,7 @@ class BoundedModule(nn.Module):
         self._forget()
 
     def _input_nodes(self) -> list[Any]:
-        if self._nodes is None:
-            return []
-        return [self._nodes.by_name[name] for name in self._nodes.inputs]
+        return [] if self._nodes is None else [self._nodes.by_name[name] for name in self._nodes.inputs]
 
     def _forget(self) -> None:
         self._inputs, self._question, self._intermediate = None, None, None
@@ -460,6 +488,8 @@ class BoundedModule(nn.Module):
             lower, upper = bounds.lower, bounds.upper
         if question.method == "ibp":
             self._ibp = lower, upper
+        if question.method == "alpha-crown" and self._constrained():
+            lower, upper = self._under_constraints(inputs, question, lower, upper)
         if not (return_A and linear):
             return lower, upper
         return lower, upper, self._linear_functions(inputs, question, bounds, needed)
@@ -510,6 +540,86 @@ class BoundedModule(nn.Module):
             "unstable_idx": None,
         }
 
+    # ---- output constraints and solvers ------------------------------------------------------------
+
+    def _constrained(self) -> bool:
+        ascent = self._opts.values["optimize_bound_args"]
+        return self.constraints is not None and bool(ascent["apply_output_constraints_to"])
+
+    def _under_constraints(
+        self, inputs: _engine.Inputs, question: Question, lower: Tensor | None, upper: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Bounds of outputs, and where asked for of inputs, that hold where the output constraints do."""
+        if question.options["soundness"] != "none" or len(inputs.regions) != 1 or self._network.fused:
+            raise NotImplementedError(
+                "output constraints are supported for networks of one input with soundness 'none'"
+            )
+        assert self.constraints is not None and self.thresholds is not None
+        if lower is None or upper is None:
+            raise NotImplementedError("output constraints need both bound_lower and bound_upper")
+        graph, region = self._network.engine.graph, inputs.regions[0]
+        boxes = _engine.layer_boxes(self._network.engine, inputs.regions, question)
+        outputs, ends = [], []
+        for sample in range(inputs.batch):
+            constraints = self.constraints[min(sample, len(self.constraints) - 1)]
+            one = output_constraints.sample_of(graph, boxes, region, constraints, self.thresholds, sample)
+            for _ in range(_ROUNDS):
+                one.tighten()
+            rows = None if question.rows is None else question.rows[sample]
+            outputs.append(one.output(rows, lower[sample], upper[sample]))
+            ends.append((one.lower.view_as(region.lower[0]), one.upper.view_as(region.lower[0])))
+        if self._opts.values["optimize_bound_args"]["tighten_input_bounds"]:
+            tightened = [torch.stack(parts) for parts in zip(*ends, strict=True)]
+            self._all()
+            self._input_nodes()[0].perturbation = PerturbationLpNorm(x_L=tightened[0], x_U=tightened[1])
+        return torch.stack([low for low, _ in outputs]), torch.stack([high for _, high in outputs])
+
+    def build_solver_module(
+        self,
+        x: Any = None,
+        C: Tensor | None = None,
+        interm_bounds: dict[str, Any] | None = None,
+        final_node_name: str | None = None,
+        model_type: str = "mip",
+        solver_pkg: str = "gurobi",
+        set_input: bool = True,
+    ) -> list[Any]:
+        """A Gurobi model of a ReLU network in ``solver_model``; returns the variables of a node.
+
+        Args:
+            x: inputs of batch 1; by default those of the last call, whose intermediate bounds are used.
+            C: rows ``[1, S, n_out]`` for the output's variables.
+            interm_bounds: as in :meth:`compute_bounds`; infinite ones are computed by intervals.
+            final_node_name: the node whose variables are wanted, by default the output.
+            model_type: ``"lp"`` or ``"mip"``.
+            solver_pkg: ``"gurobi"``.
+            set_input: without meaning.
+
+        Raises:
+            ImportError, ValueError, NotImplementedError, UnsupportedOperator: see ``solver_module.build``.
+        """
+        if solver_pkg != "gurobi":
+            raise NotImplementedError(f"build_solver_module: solver_pkg must be 'gurobi', got {solver_pkg!r}")
+        inputs = self._prepare_inputs(x, None)
+        if inputs.batch != 1 or len(inputs.regions) != 1:
+            raise NotImplementedError("build_solver_module: one input of batch 1 is supported")
+        if x is not None or self._question is None:
+            self._question = Question("ibp", self._opts.of("ibp"))
+        node = self[final_node_name or self.final_name]
+        if node.link is None:
+            raise ValueError(f"build_solver_module: node {node.name!r} has no counterpart in pycert's graph")
+        with self._mode(self.training):
+            boxes = _engine.layer_boxes(self._network.engine, inputs.regions, self._question)
+            for number, (lower, upper) in self._boxes_by_number(interm_bounds).items():
+                low, high = boxes[number]
+                boxes[number] = torch.maximum(lower, low), torch.minimum(upper, high)
+            rows = None if C is None else C.flatten(2)[0]
+            self.solver_model, variables = solver_module.build(
+                self._network.engine.graph, node.link, boxes, inputs.values[0], inputs.perturbations[0],
+                model_type, rows,
+            )  # fmt: skip
+        return variables
+
     # ---- what the last call has used ----------------------------------------------------------------
 
     def _look_up(self, node: Bound) -> tuple[Tensor | None, Tensor | None]:
@@ -547,10 +657,6 @@ class BoundedModule(nn.Module):
         if save_path is not None:
             torch.save(saved, save_path)
         return saved
-
-    def _shape_of_output(self) -> torch.Size:
-        graph = self._network.engine.graph
-        return torch.Size((self.global_input[0].shape[0], *graph.nodes[graph.output].shape))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BoundedModule:
         made = BoundedModule(copy.deepcopy(self.net, memo), self.global_input, device="auto")
