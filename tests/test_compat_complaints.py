@@ -267,7 +267,7 @@ def test_fast_certified_training_6_training_with_l2_balls(bound):
     module.train()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     losses = []
-    for _ in range(15):
+    for _ in range(8):
         optimizer.zero_grad()
         lower, _ = module.compute_bounds(
             x=(BoundedTensor(x, PerturbationLpNorm(norm=2, eps=0.05)),),
