@@ -54,7 +54,6 @@ EXAMPLES = (
     ("vision", _TRAINING),
     ("vision", ["bound_option.py"]),
     ("vision", ["efficient_convolution.py"]),
-    ("vision", ["custom_op.py"]),
     ("simple", ["toy.py"]),
     ("simple", ["invprop.py"]),
     ("simple", ["lp_full.py"]),
