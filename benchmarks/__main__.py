@@ -19,6 +19,7 @@ SUBJECTS = {
     "estimate": "benchmarks.bench_estimate",
     "relaxation": "benchmarks.bench_relaxation",
     "paradox": "benchmarks.paradox",
+    "compat": "benchmarks.compat",
 }
 
 

@@ -284,6 +284,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("method"), py::arg("slope"), py::arg("soundness"), py::arg("side"), py::arg("intersect"),
            py::arg("return_linear"), py::arg("fast"), py::arg("memory"), py::arg("training"), py::arg("iterations"),
            py::arg("learning_rate"), py::arg("shared"), py::arg("intermediate"), py::arg("threshold"))
+      .def_readwrite("flat_pools", &Options::flat_pools)
+      .def("set_boxes",
+           [](Options& o, std::unordered_map<int64_t, Box> given, std::unordered_map<int64_t, Box> reference) {
+             o.given = std::move(given);
+             o.reference = std::move(reference);
+           })
       .def("set_custom", [](Options& o, py::function lines, py::function interval) {
         o.custom_lines = lines_callback(std::move(lines));
         o.custom_interval = interval_callback(std::move(interval));

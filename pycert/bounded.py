@@ -20,6 +20,8 @@ from pycert.regions import Box, LpBall, Region
 #: Numbers of the engine's methods; fastlin is crown with parallel slopes, alpha-crown the method its
 #: intermediate bounds are of, with an ascent.
 _ENGINE_METHODS = {"ibp": 0, "crown-ibp": 1, "crown": 2, "fastlin": 2, "alpha-crown": 2, "forward": 3}
+#: Bounds that a caller vouches for, by node number: values taken as they are, and values to intersect with.
+Boxes = tuple[dict[int, tuple[Tensor, Tensor]], dict[int, tuple[Tensor, Tensor]]]
 
 
 @dataclasses.dataclass
@@ -91,6 +93,15 @@ class BoundedModule(nn.Module):
         self.graph: Graph = trace(net, example)
         self._prepare()
 
+    @classmethod
+    def _of_graph(cls, net: nn.Module, graph: Graph) -> BoundedModule:
+        """A bounded module of a graph that is there already, as a part of another's is."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.net, made.graph = net, graph
+        made._prepare()
+        return made
+
     def _prepare(self) -> None:
         nodes = [
             {
@@ -153,6 +164,8 @@ class BoundedModule(nn.Module):
                 rounded up, where the processor has it and eight images or more share the work. As sound,
                 and some percent wider (docs/soundness.md).
             memory: budget for the rows of one chunk, as ``"2GiB"``; by default a quarter of what is free.
+            pooling: upper line of a max-pooling that no element decides: ``"adaptive"``, the better one at the
+                centre, or ``"constant"``, the largest upper bound, as other tools have it.
             iterations: of ``"alpha-crown"``: gradient steps, by default 20; 0 gives the bounds of crown.
             learning_rate: of ``"alpha-crown"``: of its first step, by default 0.5; falls by 2 % a step.
             alpha: of ``"alpha-crown"``: ``"per spec"``, lower slopes of its own for every bound, or
@@ -191,9 +204,10 @@ class BoundedModule(nn.Module):
         method: str,
         parsed: Options,
         return_linear: bool = False,
+        boxes: Boxes | None = None,
     ) -> Bounds:
         tensors = self._tensors()
-        native = self._native(method, parsed, return_linear)
+        native = self._native(method, parsed, return_linear, boxes)
         lower, upper, A_lower, c_lower, A_upper, c_upper = self._program.bound(tensors, regions, native, rows)
         for value in (lower, upper):
             if value is not None and not math.isfinite(value.detach().sum().item()):
@@ -246,17 +260,25 @@ class BoundedModule(nn.Module):
                 "layer_bounds: method 'forward' is not supported; use 'ibp', 'crown-ibp' or 'crown'"
             )
         regions, _ = self._regions(region)
+        found = self._layer_boxes(regions, method, parsed)
+        excludes = self._excludes(parsed.soundness, regions[0][0])
+        return {
+            self.graph.nodes[i].path or f"node{i}": Bounds(lower, upper, None, parsed.soundness, excludes)
+            for i, (lower, upper) in found.items()
+        }
+
+    def _layer_boxes(
+        self, regions: list[Any], method: str, parsed: Options, boxes: Boxes | None = None
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Bounds on every pre-activation, by node number."""
         tensors = self._tensors()
-        found = self._program.layer_bounds(tensors, regions, self._native(method, parsed, False))
+        native = self._native(method, parsed, False, boxes)
+        found = self._program.layer_bounds(tensors, regions, native)
         if not all(
             math.isfinite((upper.detach() - lower.detach()).sum().item()) for _, lower, upper in found
         ):
             self._diagnose(tensors)
-        excludes = self._excludes(parsed.soundness, regions[0][0])
-        return {
-            self.graph.nodes[i].path or f"node{i}": Bounds(lower, upper, None, parsed.soundness, excludes)
-            for i, lower, upper in found
-        }
+        return {i: (lower, upper) for i, lower, upper in found}
 
     def estimate(
         self,
@@ -293,11 +315,14 @@ class BoundedModule(nn.Module):
             self._diagnose(tensors)
         return tensors
 
-    def _native(self, method: str, options: Options, return_linear: bool) -> _C.Options:
+    def _native(
+        self, method: str, options: Options, return_linear: bool, boxes: Boxes | None = None
+    ) -> _C.Options:
         training = tuple(bool(norm.training) for norm in self.graph.batch_norms)
         memory = 0 if method == "ibp" and options.memory is None else memory_bytes(options.memory)
         key = (method, options, return_linear, training)
-        native = self._options.get(key) if method == "ibp" else None
+        keeps = method == "ibp" and boxes is None
+        native = self._options.get(key) if keeps else None
         if native is None:
             ascent = method == "alpha-crown"
             relies_on = options.intermediate if ascent else method
@@ -319,7 +344,10 @@ class BoundedModule(nn.Module):
             )
             if self._custom:
                 native.set_custom(activations.custom_lines, activations.custom_interval)
-            if method == "ibp":
+            native.flat_pools = options.pooling == "constant"
+            if boxes is not None:
+                native.set_boxes(*boxes)
+            if keeps:
                 self._options[key] = native
         return native
 

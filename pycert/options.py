@@ -16,6 +16,7 @@ METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward")
 SOUNDNESS = ("none", "real", "deployed")
 SIDES = ("both", "lower", "upper")
 PRECISIONS = ("exact", "fast")
+POOLINGS = ("adaptive", "constant")
 #: Whose intermediate bounds ``"alpha-crown"`` rests on; with its own name they are optimised too.
 INTERMEDIATES = ("crown-ibp", "crown", "alpha-crown")
 ALPHAS = ("per spec", "shared")
@@ -33,6 +34,7 @@ class Options:
     soundness: str = "deployed"
     precision: str = "exact"
     memory: str | float | None = None
+    pooling: str = "adaptive"
     iterations: int = 20
     learning_rate: float = 0.5
     alpha: str = "per spec"
@@ -83,6 +85,7 @@ def parse(
     _choose("slope", options.slope, SLOPES)
     _choose("soundness", options.soundness, SOUNDNESS)
     _choose("precision", options.precision, PRECISIONS)
+    _choose("pooling", options.pooling, POOLINGS)
     if not isinstance(options.intersect, bool):
         raise ValueError(f"intersect must be True or False, got {options.intersect!r}")
     _check_ascent(options)

@@ -37,9 +37,12 @@ struct Options {
   bool intersect = false;
   bool return_linear = false;
   bool fast = false;                  // precision="fast": radii of convolutions in bfloat16, rounded up
+  bool flat_pools = false;            // the upper line of an undecided max-pooling is always the constant
   int64_t memory = int64_t(1) << 30;  // bytes for the rows of one chunk
   std::vector<bool> training;         // of every BatchNorm
   Ascent ascent;
+  // Bounds that the caller vouches for: of values taken as they are, and of values to intersect with what is found.
+  std::unordered_map<int64_t, Box> given, reference;
   std::function<void()> interrupt = [] {};
   CustomLines custom_lines;
   CustomInterval custom_interval;

@@ -385,6 +385,10 @@ void Context::propagate(int64_t last, bool forget) {
     const int64_t i = done_;
     options_.interrupt();
     const Node& node = program_.node(i);
+    if (const auto given = options_.given.find(i); given != options_.given.end()) {
+      boxes_[size_t(i)] = given->second;
+      continue;
+    }
     boxes_[size_t(i)] = interval_step(i);
     if (forget &&
         !ball) {  // plain intervals: a box is read by its consumers alone, and its memory serves the next ones
@@ -398,6 +402,11 @@ void Context::propagate(int64_t last, bool forget) {
     if (crown && program_.is_preactivation(i) && !(node.interval_exact && (!ball || node.mixings == 0))) {
       if (!(first_of_ball && node.interval_exact)) refine(i, false);
       if (options_.ascent.intermediate) intersect_with_rule(i);
+    }
+    if (const auto reference = options_.reference.find(i); reference != options_.reference.end()) {
+      const auto& [lower, upper] = box(i);
+      const auto& [least, most] = reference->second;
+      boxes_[size_t(i)] = {at::maximum(lower, least), at::minimum(upper, most)};
     }
   }
 }

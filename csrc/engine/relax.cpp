@@ -106,7 +106,8 @@ const PoolLines& Context::pool_lines(int64_t pool) {
   const Tensor middle = ((slope + chosen) * at::where(padding, 0.0, (lower + upper) / 2)).sum(-1) + constant;
   // an element without a lower end that may be the largest has no line: the constant stays
   const Tensor endless = upper.gt(highest).logical_and(chosen.eq(0)).logical_and(lower.eq(-infinity)).any(-1);
-  const Tensor flat_is_better = middle.lt(ceiling).logical_not().logical_or(endless);
+  const Tensor flat_is_better =
+      (options_.flat_pools ? crossing.any(-1) : middle.lt(ceiling).logical_not()).logical_or(endless);
   found->second = {chosen, at::where(flat_is_better.unsqueeze(-1), 0.0, slope + chosen),
                    at::where(flat_is_better, ceiling, constant), Tensor()};
   return found->second;
