@@ -10,9 +10,11 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/backsub.h"
+#include "core/ballbox.h"
 #include "core/interval.h"
 #include "cpu/kernels.h"
 
@@ -29,6 +31,7 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 #include "cpu/backsub_loops.h"
 #include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
+#include "cpu/norm_loops.h"
 #include "cpu/product_loops.h"
 #include "cpu/isa_table.h"
 
