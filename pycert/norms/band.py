@@ -132,7 +132,7 @@ class Band:
         return sum(14 * n**3 + 4 * n * n * width for n in sizes)
 
     def _rows(self, first: int, last: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
-        """Live outputs of image rows ``first..last - 1`` by all inputs of the rows they read; and the first of these."""
+        """Live outputs of image rows ``first..last - 1`` by the inputs that they read; and the first row of these."""
         stride, padding = self.geometry.stride[0], self.geometry.padding[0]
         height = self.geometry.input_shape[1]
         low = min(height, max(0, first * stride - padding))

@@ -102,7 +102,7 @@ def _touched(masks: Masks) -> Tensor:
 def upper_norm(
     operator: Operator, rows: Tensor | None, columns: Tensor | None, p: float, effort: str
 ) -> Tensor:
-    """At least ``||D_rows W D_columns||_p``; ``[B]`` in the dtype of the weight, NaN where an argument is not finite."""
+    """At least ``||D_rows W D_columns||_p``; ``[B]`` in the dtype of the weight, NaN where something is not finite."""
     masks = prepare(operator, rows, columns)
     bad = ~torch.isfinite(masks.operator.weight).all().expand(masks.batch)
     for mask in (masks.rows, masks.columns):
@@ -111,8 +111,10 @@ def upper_norm(
     if bool(bad.all()):
         value = torch.full((masks.batch,), torch.nan, dtype=torch.float64, device=bad.device)
     else:
-        value = largest_sum(masks.operator, masks.rows, masks.columns, masks.batch, p) if p != 2 else None
-        value = _spectral(masks, effort) if value is None else value
+        if p == 2:
+            value = _spectral(masks, effort)
+        else:
+            value = largest_sum(masks.operator, masks.rows, masks.columns, masks.batch, p)
         if masks.inexact:
             value = value + 2.0**-900  # weights and masks that underflowed as they were scaled
         value = torch.where(_touched(masks), value, torch.zeros_like(value))
@@ -158,7 +160,8 @@ def _dead_border(masks: Masks, adjoint: Operator) -> Tensor | None:
 def _distinct(rows: Tensor | None, columns: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
     """Samples with masks of their own, and which of them every sample equals."""
     seen: dict[bytes, int] = {}
-    first, inverse = [], []
+    first: list[int] = []
+    inverse: list[int] = []
     for b in range(batch):
         key = b"".join(m[b].cpu().numpy().tobytes() for m in (rows, columns) if m is not None)
         if key not in seen:

@@ -64,9 +64,10 @@ def lanczos(matrix: Tensor, steps: int = 30) -> Tensor:
 def gram_bound(matrix: Tensor, steps: int = GRAM_STEPS) -> Tensor:
     """Gram iteration with a running error: bounds of ``||matrix||_2`` for Hermitian ones, ``[b, n, n]`` to ``[b]``.
 
-    With ``s_t`` the scaling and ``e`` the error of a product, ``||G_t||^2 <= s_t^2 (||G_{t+1}|| + e ||G_t / s_t||_F^2)``;
-    the last ``||G||`` is at most its Frobenius norm. Source: Delattre et al., "Efficient bound of Lipschitz constant for
-    convolutional layers by Gram iteration", ICML 2023; the error is ours.
+    With ``s_t`` the scaling and ``e`` the error of a product, ``||G_t||^2`` is at most
+    ``s_t^2 (||G_{t+1}|| + e ||G_t / s_t||_F^2)``; the last ``||G||`` is at most its Frobenius norm.
+    Source: Delattre et al., "Efficient bound of Lipschitz constant for convolutional layers by Gram
+    iteration", ICML 2023; the error is ours.
     """
     n = matrix.shape[-1]
     error = product_error(n, matrix.is_complex())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pycert.norms.bounds import upper_norm
-from pycert.norms.operator import Operator, operator_of
+from pycert.norms.operator import Geometry, Operator, operator_of
 from pycert.ops.relaxation import _out_of_autocast
 
 METHODS = ("gram", "power")
@@ -234,11 +234,9 @@ def _(  # type: ignore[no-untyped-def]
     output_padding,
     groups,
 ):
-    from pycert.norms.operator import Geometry
-
     if conv:
         geometry = Geometry(
-            tuple(input[1:]),  # type: ignore[arg-type]
+            (input[1], input[2], input[3]),
             tuple(stride),
             tuple(padding),
             tuple(dilation),
@@ -246,7 +244,7 @@ def _(  # type: ignore[no-untyped-def]
             transposed,
             tuple(output_padding),
         )
-        shape = geometry.output_shape(weight)
+        shape: tuple[int, ...] = geometry.output_shape(weight)
     else:
         shape = (weight.shape[0],)
     real = column_mask is not None and column_mask.dtype not in (torch.bool, torch.uint8)
