@@ -87,28 +87,62 @@ inline void pack_bits(const bool* mask, uint8_t* bits, int64_t batch, int64_t co
   });
 }
 
+// One byte a lane, of the first `count` lanes.
+template <typename T>
+PYCERT_INLINE typename MaskLanesOf<T>::Type load_bytes(const uint8_t* from, int64_t count) {
+  typedef uint8_t Bytes __attribute__((vector_size(kStrands)));
+  Bytes bytes{};
+  if (count >= kStrands)
+    __builtin_memcpy(&bytes, from, kStrands);
+  else
+    __builtin_memcpy(&bytes, from, size_t(count));
+  return __builtin_convertvector(bytes, typename MaskLanesOf<T>::Type);
+}
+
+template <typename T>
+PYCERT_INLINE void store_bytes(uint8_t* to, const typename MaskLanesOf<T>::Type& lanes, int64_t count) {
+  typedef uint8_t Bytes __attribute__((vector_size(kStrands)));
+  const Bytes bytes = __builtin_convertvector(lanes, Bytes);
+  if (count >= kStrands)
+    __builtin_memcpy(to, &bytes, kStrands);
+  else
+    __builtin_memcpy(to, &bytes, size_t(count));
+}
+
+// Bits of neurons that may vary: not certainly off, and not certainly at the threshold.
+inline void live_bits(const uint8_t* code, uint8_t* bits, int64_t count) {
+  for (int64_t k = 0; k < count; k += 8) {
+    const int64_t last = std::min<int64_t>(8, count - k);
+    uint8_t byte = 0;
+    for (int64_t j = 0; j < last; ++j)
+      byte |= uint8_t(uint8_t((code[k + j] & 7) != uint8_t(Source::Theta) && (code[k + j] & 56) != 0) << j);
+    bits[k / 8] = byte;
+  }
+}
+
 template <typename T>
 void ball_box(const BallBoxArgs<T>& a) {
+  using Vector = Lanes<T>;
   const int64_t count = a.channels * a.inner, bytes = (count + 7) / 8;
   at::parallel_for(0, a.batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t at = b * count;
-      const T radius = a.radius[b];
-      uint8_t* bits = a.live + b * bytes;
-      std::fill(bits, bits + bytes, uint8_t(0));
       for (int64_t c = 0; c < a.channels; ++c) {
-        const T ball = radius * a.row_norm[c];
-        for (int64_t k = c * a.inner; k < (c + 1) * a.inner; ++k) {
-          const T theta = a.theta == nullptr ? infinity<T>() : a.theta[k];
-          const NeuronBounds<T> n =
-              clipped_relu_bounds<T>({a.centre[at + k], a.box_centre[at + k], a.box_radius[at + k], ball, theta});
-          a.out_centre[at + k] = n.centre;
-          a.out_box_centre[at + k] = T(0.5) * (n.lower + n.upper);
-          a.out_box_radius[at + k] = T(0.5) * (n.upper - n.lower);
-          a.code[at + k] = n.code;
-          bits[k / 8] |= uint8_t(uint8_t(n.live) << (k % 8));
-        }
+        const T ball = a.radius[b] * a.row_norm[c];
+        const int64_t first = b * count + c * a.inner;
+        for_lanes(a.inner, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+          const int64_t at = first + k;
+          Vector theta = Vector{} + infinity<T>();
+          if (a.theta != nullptr) theta = memory.load(a.theta + c * a.inner + k);
+          const Neuron<Vector> neuron{memory.load(a.centre + at), memory.load(a.box_centre + at),
+                                      memory.load(a.box_radius + at), Vector{} + ball, theta};
+          const auto n = clipped_relu_bounds(neuron);
+          memory.store(a.out_centre + at, n.centre);
+          memory.store(a.out_box_centre + at, T(0.5) * (n.lower + n.upper));
+          memory.store(a.out_box_radius + at, T(0.5) * (n.upper - n.lower));
+          store_bytes<T>(a.code + at, n.code, a.inner - k);
+        });
       }
+      live_bits(a.code + b * count, a.live + b * bytes, count);
     }
   });
 }
@@ -117,6 +151,8 @@ void ball_box(const BallBoxArgs<T>& a) {
 // strip of samples and added by the caller.
 template <typename T>
 void ball_box_backward(const BallBoxBackwardArgs<T>& a) {
+  using Vector = Lanes<T>;
+  using Mask = typename MaskLanesOf<T>::Type;
   const int64_t count = a.channels * a.inner;
   at::parallel_for(0, a.strips, 1, [&](int64_t first_strip, int64_t last_strip) {
     for (int64_t strip = first_strip; strip < last_strip; ++strip) {
@@ -124,30 +160,36 @@ void ball_box_backward(const BallBoxBackwardArgs<T>& a) {
       T* row_grad = a.grad_row_norm + strip * a.channels;
       T* theta_grad = a.grad_theta == nullptr ? nullptr : a.grad_theta + strip * count;
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t at = b * count;
         double sum = 0;
         for (int64_t c = 0; c < a.channels; ++c) {
-          T rows = 0;
-          for (int64_t k = c * a.inner; k < (c + 1) * a.inner; ++k) {
-            const uint8_t code = a.code[at + k];
-            const uint8_t low = code & 7, high = code >> 3 & 7, middle = code >> 6;
-            const T to_centre = a.grad_centre[at + k];
-            const T g_low = T(0.5) * (a.grad_box_centre[at + k] - a.grad_box_radius[at + k]);
-            const T g_high = T(0.5) * (a.grad_box_centre[at + k] + a.grad_box_radius[at + k]);
-            const T low_box = low == uint8_t(Source::Box) ? g_low : T(0);
-            const T low_ball = low == uint8_t(Source::Ball) ? g_low : T(0);
-            const T high_box = high == uint8_t(Source::Box) ? g_high : T(0);
-            const T high_ball = high == uint8_t(Source::Ball) ? g_high : T(0);
-            a.out_centre[at + k] = (middle == 2 ? to_centre : T(0)) + low_ball + high_ball;
-            a.out_box_centre[at + k] = low_box + high_box;
-            a.out_box_radius[at + k] = high_box - low_box;
+          const int64_t first = b * count + c * a.inner;
+          Vector rows{};
+          for_lanes(a.inner, [&](const auto& memory, int64_t k) PYCERT_INLINED {
+            const int64_t at = first + k;
+            const Mask code = load_bytes<T>(a.code + at, a.inner - k);
+            const Mask low = code & 7, high = code >> 3 & 7, middle = code >> 6;
+            const Vector to_centre = memory.load(a.grad_centre + at);
+            const Vector to_box = memory.load(a.grad_box_centre + at), to_radius = memory.load(a.grad_box_radius + at);
+            const Vector g_low = T(0.5) * (to_box - to_radius), g_high = T(0.5) * (to_box + to_radius);
+            const auto where = [](const Mask& taken, const Vector& v)
+                                   PYCERT_INLINED { return (Vector)((Mask)v & taken); };
+            const Vector low_box = where(low == int(Source::Box), g_low);
+            const Vector low_ball = where(low == int(Source::Ball), g_low);
+            const Vector high_box = where(high == int(Source::Box), g_high);
+            const Vector high_ball = where(high == int(Source::Ball), g_high);
+            memory.store(a.out_centre + at, where(middle == 2, to_centre) + low_ball + high_ball);
+            memory.store(a.out_box_centre + at, low_box + high_box);
+            memory.store(a.out_box_radius + at, high_box - low_box);
             rows += high_ball - low_ball;
-            if (theta_grad != nullptr)
-              theta_grad[k] += (low == uint8_t(Source::Theta) ? g_low : T(0)) +
-                               (high == uint8_t(Source::Theta) ? g_high : T(0)) + (middle == 1 ? to_centre : T(0));
-          }
-          row_grad[c] += a.radius[b] * rows;
-          sum += double(a.row_norm[c]) * rows;
+            if (theta_grad != nullptr) {
+              T* to = theta_grad + c * a.inner + k;
+              memory.store(to, memory.load(to) + where(low == int(Source::Theta), g_low) +
+                                   where(high == int(Source::Theta), g_high) + where(middle == 1, to_centre));
+            }
+          });
+          const T total_rows = T(total(widen(rows)));
+          row_grad[c] += a.radius[b] * total_rows;
+          sum += double(a.row_norm[c]) * double(total_rows);
         }
         a.grad_radius[b] = T(sum);
       }

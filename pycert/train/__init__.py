@@ -1,5 +1,6 @@
 """Certified training: schedules, the worst-case loss and a short trainer."""
 
+from pycert.train import losses
 from pycert.train.loss import certified_loss, initialize_for_ibp, mixed_margins, worst_case_loss
 from pycert.train.schedules import Ramp, linear, smooth
 from pycert.train.trainer import Recipe, train
@@ -10,6 +11,7 @@ __all__ = [
     "certified_loss",
     "initialize_for_ibp",
     "linear",
+    "losses",
     "mixed_margins",
     "smooth",
     "train",
