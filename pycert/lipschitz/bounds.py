@@ -113,7 +113,7 @@ def walk_over(
     detached = [value.detach() for value in tensors]
     intervals = _C.IntervalWalk(bm._program, detached, _detached(native_regions), options)
     centre = _C.IntervalWalk(bm._program, detached, _detached(points), options)
-    walk = Walk(bm.graph, tensors, settings, batch, radius, intervals, centre)
+    walk = Walk(bm.net, bm.graph, tensors, settings, batch, radius, intervals, centre)
     walk.run(last)
     return walk
 
@@ -182,7 +182,7 @@ def global_bound(
     """
     _check(p, method)
     with torch.no_grad():
-        walk = Walk(bm.graph, bm._tensors(), Settings(float(p), method, effort, False, True), 1)
+        walk = Walk(bm.net, bm.graph, bm._tensors(), Settings(float(p), method, effort, False, True), 1)
         graph = bm.graph
         hidden, weight = last_layer(bm)
         value = float(walk.lengths(graph.output).lengths[0, 0])

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pycert.graph import Graph
 from pycert.graph.ir import ACTIVATIONS, Node
+from pycert.lipschitz.blocks import known_blocks
 from pycert.lipschitz.slopes import ELEMENTARY, largest_slope
 from pycert.norms.arithmetic import UP, exact_double, gamma
 from pycert.norms.bounds import cached, upper_norm
@@ -78,7 +79,7 @@ class Walk:
     """Lengths of all values over a region, or anywhere (without one).
 
     Args:
-        graph, tensors: the network and the present values of its slots.
+        net, graph, tensors: the network, its trace and the present values of its slots.
         settings: see :class:`Settings`.
         batch: samples; 1 without a region.
         radius: ``[B]`` float64: no input is farther from the centre in the p-norm.
@@ -88,6 +89,7 @@ class Walk:
 
     def __init__(
         self,
+        net: nn.Module,
         graph: Graph,
         tensors: list[Tensor],
         settings: Settings,
@@ -103,6 +105,7 @@ class Walk:
         self.values: list[Value | None] = [None] * len(graph.nodes)
         self.layers: list[LayerNorm] = []
         self._resolved: dict[int, Value] = {}
+        self._blocks = known_blocks(net, graph, settings.p)
         self._varies = _depends_on_input(graph)
 
     # ---- the walk ---------------------------------------------------------------------------------------
@@ -413,7 +416,15 @@ class Walk:
                     else given.reshape(self.batch, -1)
                 )
             support = torch.cat(pieces, 1).view(self.batch, *node.shape)
-        return Value(self._joint([i]).lengths, support)
+        return Value(self._within_block(i, self._joint([i]).lengths), support)
+
+    def _within_block(self, i: int, lengths: Tensor) -> Tensor:
+        """The first length by what is known of a whole module; the second, of rounding, stays as it is."""
+        if i not in self._blocks:
+            return lengths
+        source, constant = self._blocks[i]
+        known = self.lengths(source).lengths[:, 0] * constant * UP
+        return torch.stack([torch.where(lengths[:, 0] < known, lengths[:, 0], known), lengths[:, 1]], 1)
 
     def _add(self, i: int) -> Value:
         node = self.graph.nodes[i]
