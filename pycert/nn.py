@@ -214,7 +214,8 @@ class SmoothRamp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "softplus":
-            return nn.functional.softplus(x / self.width) * self.width
+            # torch cuts softplus off at a threshold, where it jumps: beyond 80 the jump is far below any rounding
+            return nn.functional.softplus(x / self.width, threshold=80.0) * self.width
         return nn.functional.gelu(x / self.width) * (self.width / 1.13)
 
     def extra_repr(self) -> str:

@@ -403,6 +403,10 @@ class Walk:
 
     def _concat(self, i: int) -> Value:
         node = self.graph.nodes[i]
+        if i in self._blocks:
+            block = self._blocks[i]
+            noise = block.noise(self.size(block.source), self._roundoff()) if self.settings.deployed else None
+            return Value(self._with_noise(self.lengths(block.source).lengths * block.constant * UP, noise))
         parts = [self.lengths(j) for j in node.inputs]
         support = None
         if any(part.support is not None for part in parts):
@@ -416,15 +420,7 @@ class Walk:
                     else given.reshape(self.batch, -1)
                 )
             support = torch.cat(pieces, 1).view(self.batch, *node.shape)
-        return Value(self._within_block(i, self._joint([i]).lengths), support)
-
-    def _within_block(self, i: int, lengths: Tensor) -> Tensor:
-        """The first length by what is known of a whole module; the second, of rounding, stays as it is."""
-        if i not in self._blocks:
-            return lengths
-        source, constant = self._blocks[i]
-        known = self.lengths(source).lengths[:, 0] * constant * UP
-        return torch.stack([torch.where(lengths[:, 0] < known, lengths[:, 0], known), lengths[:, 1]], 1)
+        return Value(self._joint([i]).lengths, support)
 
     def _add(self, i: int) -> Value:
         node = self.graph.nodes[i]
