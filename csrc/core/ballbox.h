@@ -2,6 +2,8 @@
 // Lee et al. 2020): plain arithmetic, no outward rounding.
 #pragma once
 
+#include <type_traits>
+
 #include "core/rounding.h"
 
 namespace pycert {
@@ -33,7 +35,8 @@ struct NeuronBounds {
 // The pre-activation lies in the box, and within `ball` of its value at the input by Cauchy and Schwarz.
 template <typename T>
 PYCERT_HD inline auto clipped_relu_bounds(const Neuron<T>& n) {
-  using Code = decltype(n.centre > n.centre);
+  using Compared = decltype(n.centre > n.centre);  // integers a lane, or bool
+  using Code = std::conditional_t<std::is_same_v<Compared, bool>, int, Compared>;
   const T low_box = n.box_centre - n.box_radius, low_ball = n.centre - n.ball;
   const T high_box = n.box_centre + n.box_radius, high_ball = n.centre + n.ball;
   const T lower = low_box > low_ball ? low_box : low_ball, upper = high_box < high_ball ? high_box : high_ball;
