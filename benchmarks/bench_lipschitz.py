@@ -141,7 +141,7 @@ def norm_rows(threads: int, name: str, seconds: float, clock: str) -> Iterator[d
         for effort in efforts:
             bound = masked_norm(weight, rows, columns, effort=effort, conv=conv).double()
             label = kind if effort == "normal" else f"{kind}, high effort"
-            row[label] = (bound / exact).item()
+            row[label] = 100 * ((bound / exact).item() - 1)
     rows, columns = masks["half dead, scattered"]
     times = timing.alternate(
         {"bound": lambda: masked_norm(weight, rows, columns, conv=conv)}, seconds / 4, clock
@@ -182,6 +182,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     heads = ["layer", *kinds, "scattered ms", "failed"]
     tables = [
         {"title": "Training by Lipschitz bounds", "columns": columns, "rows": training},
-        {"title": "Upper bounds of norms, over the norm", "columns": heads, "rows": norms},
+        {"title": "Upper bounds of norms, percent above the norm", "columns": heads, "rows": norms},
     ]
     return {"tables": tables, "notes": notes}
