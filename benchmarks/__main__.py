@@ -18,6 +18,7 @@ SUBJECTS = {
     "trace": "benchmarks.bench_trace",
     "estimate": "benchmarks.bench_estimate",
     "relaxation": "benchmarks.bench_relaxation",
+    "lipschitz": "benchmarks.bench_lipschitz",
     "paradox": "benchmarks.paradox",
     "compat": "benchmarks.compat",
 }

@@ -237,13 +237,39 @@ engine::CustomInterval interval_callback(py::function f) {
   };
 }
 
-void disable_term(const std::string& name) {
+uint32_t term_number(const std::string& name) {
   const auto& names = term_names();
   const auto found = std::find(names.begin(), names.end(), name);
-  TORCH_CHECK_VALUE(found != names.end(), "testing_disable: unknown term '", name, "'; known are ",
-                    c10::Join(", ", names));
-  disabled_terms() |= 1u << (found - names.begin());
+  TORCH_CHECK_VALUE(found != names.end(), "unknown term '", name, "'; known are ", c10::Join(", ", names));
+  return uint32_t(found - names.begin());
 }
+
+void disable_term(const std::string& name) { disabled_terms() |= 1u << term_number(name); }
+
+bool term_enabled(const std::string& name) { return enabled(Term(term_number(name))); }
+
+// Bounds of the values one by one, so that the caller may tighten each before those that follow from it.
+class IntervalWalk {
+ public:
+  IntervalWalk(const Program& program, std::vector<at::Tensor> params, const std::vector<RegionTuple>& regions,
+               Options options) {
+    Call call = call_of(std::move(params), regions, std::move(options), std::nullopt);
+    py::gil_scoped_release release;
+    context_ =
+        std::make_unique<Context>(program, std::move(call.params), std::move(call.regions), std::move(call.options));
+  }
+  std::pair<at::Tensor, at::Tensor> advance(int64_t i) {
+    py::gil_scoped_release release;
+    context_->propagate(i);
+    return {std::get<0>(context_->box(i)), std::get<1>(context_->box(i))};
+  }
+  void set_box(int64_t i, at::Tensor lower, at::Tensor upper) {
+    context_->set_box(i, {std::move(lower), std::move(upper)});
+  }
+
+ private:
+  std::unique_ptr<Context> context_;
+};
 
 }  // namespace
 
@@ -308,6 +334,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("estimate", &estimate, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
       .def_property_readonly("preactivations", &Program::preactivations);
 
+  py::class_<IntervalWalk>(m, "IntervalWalk")
+      .def(py::init<const Program&, std::vector<at::Tensor>, const std::vector<RegionTuple>&, Options>(),
+           py::arg("program"), py::arg("params"), py::arg("regions"), py::arg("options"), py::keep_alive<1, 2>())
+      .def("advance", &IntervalWalk::advance, py::arg("node"), "Bounds of one value, after those of all before it")
+      .def("set_box", &IntervalWalk::set_box, py::arg("node"), py::arg("lower"), py::arg("upper"));
+
   m.def("isa", [] { return std::string(cpu::instruction_set()); }, "Instruction set of the CPU kernels in use");
   m.def("has_cuda", [] {
 #ifdef PYCERT_WITH_CUDA
@@ -318,5 +350,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("terms", &term_names, "Terms of the error analysis that tests can take out");
   m.def("testing_disable", &disable_term);
+  m.def("testing_enabled", &term_enabled);
   m.def("testing_enable_all", [] { disabled_terms() = 0; });
 }

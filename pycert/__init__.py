@@ -19,6 +19,8 @@ from pycert.errors import UnsupportedOperator
 from pycert.onnx_import import OnnxNetwork, load_onnx
 from pycert.regions import Box, LpBall
 
+from pycert import lipschitz  # isort: skip - it needs the names above
+
 __all__ = [
     "BoundedModule",
     "Bounds",
@@ -32,6 +34,7 @@ __all__ = [
     "__version__",
     "attacks",
     "certify",
+    "lipschitz",
     "load_onnx",
     "margins",
     "nn",

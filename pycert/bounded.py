@@ -153,7 +153,8 @@ class BoundedModule(nn.Module):
             method: ``"ibp"`` (intervals), ``"crown-ibp"`` (one back-substitution over interval
                 relaxations), ``"fastlin"`` and ``"crown"`` (back-substitution for every layer; parallel
                 or adaptive slopes), ``"alpha-crown"`` (crown with lower slopes optimised for these bounds),
-                ``"forward"`` (linear functions of the input propagated forward; for few inputs).
+                ``"forward"`` (linear functions of the input propagated forward; for few inputs),
+                ``"lipschitz"`` (the value at the centre and local Lipschitz constants; docs/lipschitz.md).
             spec: ``[S, n_out]`` or ``[B, S, n_out]``, rows to bound instead of the outputs.
             return_linear: also return the linear functions of the input behind the bounds.
             side: ``"both"``, ``"lower"`` or ``"upper"``; what is not asked for is not computed.
@@ -195,7 +196,43 @@ class BoundedModule(nn.Module):
             raise ValueError("return_linear needs a method with linear bounds, not 'ibp'")
         regions, batch = self._regions(region)
         rows = None if spec is None else self._spec(spec, batch, regions[0][0])
+        if method == "lipschitz":
+            return self._lipschitz(region, rows, parsed, return_linear)
         return self._bound(regions, rows, method, parsed, return_linear)
+
+    def _lipschitz(
+        self,
+        region: Region | tuple[Region, ...],
+        rows: tuple[Tensor, Tensor | None, int] | None,
+        parsed: Options,
+        return_linear: bool = False,
+    ) -> Bounds:
+        """Bounds by local Lipschitz constants; without gradient."""
+        from pycert.lipschitz.margins import bounds_of_rows  # it needs this module
+
+        if return_linear:
+            raise ValueError("return_linear needs a method with linear bounds, not 'lipschitz'")
+        if parsed.soundness == "none":
+            raise ValueError(
+                "method 'lipschitz' is for soundness='real' or 'deployed'; to train, see pycert.train.losses"
+            )
+        with torch.no_grad():
+            lower, upper = bounds_of_rows(self, region, rows, parsed)
+        first = region[0] if isinstance(region, (tuple, list)) else region
+        return Bounds(lower, upper, None, parsed.soundness, self._excludes(parsed.soundness, first.lower))
+
+    def _interval_options(self, soundness: str) -> Any:
+        """Of the engine's interval pass, for those who tighten its boxes on the way."""
+        return self._native("ibp", Options(soundness=soundness), False)
+
+    def _point_bounds(
+        self, regions: list[Region], rows: tuple[Tensor, Tensor | None, int] | None, soundness: str
+    ) -> tuple[Tensor, Tensor]:
+        """Bounds at single points: what rounding alone makes of the network there."""
+        native, _ = self._regions(tuple(regions))
+        found = self._bound(native, rows, "crown", Options(soundness=soundness))
+        assert found.lower is not None and found.upper is not None
+        return found.lower, found.upper
 
     def _bound(
         self,
@@ -255,9 +292,9 @@ class BoundedModule(nn.Module):
         """
         parsed = parse(method, options, ("method",), without=("side", "intermediate", "threshold"))
         parsed = dataclasses.replace(parsed, intermediate=method if method in INTERMEDIATES else "crown")
-        if method == "forward":
+        if method in ("forward", "lipschitz"):
             raise ValueError(
-                "layer_bounds: method 'forward' is not supported; use 'ibp', 'crown-ibp' or 'crown'"
+                f"layer_bounds: method {method!r} is not supported; use 'ibp', 'crown-ibp' or 'crown'"
             )
         regions, _ = self._regions(region)
         found = self._layer_boxes(regions, method, parsed)
@@ -295,6 +332,8 @@ class BoundedModule(nn.Module):
             within a factor of two on the networks of benchmarks/bench_estimate.py.
         """
         parsed = parse(method, options, ("method", "spec"))
+        if method == "lipschitz":
+            raise ValueError("estimate: method 'lipschitz' is not supported")
         regions, batch = self._regions(region)
         rows = None if spec is None else self._spec(spec, batch, regions[0][0])
         size, flops = self._program.estimate(
@@ -486,7 +525,10 @@ def margins(
         parsed = dataclasses.replace(parsed, threshold=0.0)
     regions, batch = bm._regions(region)
     rows = bm._class_rows(y, batch, regions[0][0])
-    lower = bm._bound(regions, rows, method, parsed).lower
+    if method == "lipschitz":
+        lower = bm._lipschitz(region, rows, parsed).lower
+    else:
+        lower = bm._bound(regions, rows, method, parsed).lower
     assert lower is not None
     return lower
 

@@ -23,6 +23,7 @@ CASCADES = {
     "crown": ("ibp", "crown-ibp", "crown"),
     "alpha-crown": ("ibp", "crown-ibp", "crown", "alpha-crown"),
     "forward": ("ibp", "forward"),
+    "lipschitz": ("ibp", "lipschitz"),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from pycert.ops.relaxation import SLOPES
 
 #: Methods of :meth:`pycert.BoundedModule.bound`, cheapest first.
-METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward")
+METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward", "lipschitz")
 SOUNDNESS = ("none", "real", "deployed")
 SIDES = ("both", "lower", "upper")
 PRECISIONS = ("exact", "fast")

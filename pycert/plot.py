@@ -14,6 +14,7 @@ STYLES = {
     "alpha-crown": ("#56B4E9", "P"),
     "fastlin": ("#D55E00", "v"),
     "forward": ("#CC79A7", "D"),
+    "lipschitz": ("#F0E442", "X"),
 }
 
 

@@ -258,6 +258,14 @@ def rounding_of_the_constant() -> bool:
     return False
 
 
+@example("norm")
+def largest_sum_of_a_long_row() -> bool:
+    """The largest row sum in float64: terms of 0.45 u beside ones are lost, a million of them together are not."""
+    row = torch.full((1, 2**20), 0.9 * 2.0**-54, dtype=torch.float64)
+    row[0, :64] = 1
+    return pycert.ops.masked_norm(row, p=math.inf).item() < math.fsum(row[0].tolist())
+
+
 @pytest.mark.parametrize("name", list(EXAMPLES))
 def test_example_holds_with_every_term(name):
     escapes, (_, *idle) = EXAMPLES[name]

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "core/backsub.h"
+#include "core/ballbox.h"
 #include "core/interval.h"
 #include "cpu/kernels.h"
 
@@ -31,6 +32,7 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 #include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
 #include "cpu/registers.h"
+#include "cpu/norm_loops.h"
 #include "cpu/product_loops.h"
 #include "cpu/convolution_loops.h"
 #include "cpu/isa_table.h"

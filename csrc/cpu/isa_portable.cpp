@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/backsub.h"
+#include "core/ballbox.h"
 #include "core/interval.h"
 #include "cpu/kernels.h"
 
@@ -22,6 +23,7 @@ inline T multiply_add(T a, T b, T c) {
 #include "cpu/backsub_loops.h"
 #include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
+#include "cpu/norm_loops.h"
 #include "cpu/isa_table.h"
 
 }  // namespace pycert::cpu::portable

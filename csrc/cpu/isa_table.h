@@ -35,7 +35,13 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       relax_backward<T>,
                                       concretize_backward<T>,
                                       relayout_backward<T>,
-                                      ascend<T>};
+                                      ascend<T>,
+                                      mask_scale<T>,
+                                      mix_signs<T>,
+                                      pack_bits,
+                                      ball_box<T>,
+                                      ball_box_backward<T>,
+                                      ball_box_maximum<T>};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }

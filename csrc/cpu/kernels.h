@@ -307,6 +307,64 @@ struct RelayoutBackwardArgs {
   T* grad_rows;  // [T, from], added to
 };
 
+// ---- norm family -----------------------------------------------------------------------------------------------
+
+// x = x * scale[b] * mask, in place; masks as bits (a sample starts a new byte) or as nonnegative weights, or none.
+template <typename T>
+struct MaskScaleArgs {
+  T* x;                 // [B, K]
+  const uint8_t* bits;  // [B, (K + 7) / 8] or null
+  const T* weights;     // [B, K] or null
+  const double* scale;  // [B] or null (1)
+  double* squares;      // [B]: sum of the squared results, or null
+  int64_t batch, count;
+};
+
+// x = start * scale[b] plus or minus amplitude[b], by random bits.
+template <typename T>
+struct MixSignsArgs {
+  const T* start;  // [B, K] or null (0)
+  T* x;            // [B, K]
+  const double *scale, *amplitude;
+  int64_t batch, count;
+  uint64_t seed;
+};
+
+// Ball and box through a clipped ReLU (core/ballbox.h).
+template <typename T>
+struct BallBoxArgs {
+  const T *centre, *box_centre, *box_radius;        // [B, C, inner]
+  const T* radius;                                  // [B], of the ball before the layer
+  const T* row_norm;                                // [C]
+  const T* theta;                                   // [C, inner] or null
+  T *out_centre, *out_box_centre, *out_box_radius;  // [B, C, inner]
+  uint8_t* code;                                    // [B, C, inner]
+  uint8_t* live;                                    // [B, (C inner + 7) / 8] bits
+  int64_t batch, channels, inner;
+};
+
+template <typename T>
+struct BallBoxBackwardArgs {
+  const T *grad_centre, *grad_box_centre, *grad_box_radius;  // [B, C, inner], of the outputs
+  const uint8_t* code;
+  const T *radius, *row_norm;                       // [B], [C]
+  T *out_centre, *out_box_centre, *out_box_radius;  // [B, C, inner], of the inputs
+  T* grad_radius;                                   // [B]
+  T* grad_row_norm;                                 // [strips, C], zero at the start
+  T* grad_theta;                                    // [strips, C, inner], zero at the start, or null
+  int64_t batch, channels, inner, strips;
+};
+
+// max w.d over ||d|| <= radius, lower <= d <= upper.
+template <typename T>
+struct BallBoxMaximumArgs {
+  const T* weight;         // [B, S, K]
+  const T *lower, *upper;  // [B, K], lower <= 0 <= upper
+  const T* radius;         // [B]
+  T *value, *scale;        // [B, S]: the maximum, and t: it is attained at d = clip(t w)
+  int64_t batch, rows, count;
+};
+
 template <typename T>
 struct Kernels {
   void (*prepare)(const PrepareArgs<T>&);
@@ -329,6 +387,12 @@ struct Kernels {
   void (*concretize_backward)(const ConcretizeBackwardArgs<T>&);
   void (*relayout_backward)(const RelayoutBackwardArgs<T>&);
   void (*ascend)(const AscendArgs<T>&);
+  void (*mask_scale)(const MaskScaleArgs<T>&);
+  void (*mix_signs)(const MixSignsArgs<T>&);
+  void (*pack_bits)(const bool* mask, uint8_t* bits, int64_t batch, int64_t count);
+  void (*ball_box)(const BallBoxArgs<T>&);
+  void (*ball_box_backward)(const BallBoxBackwardArgs<T>&);
+  void (*ball_box_maximum)(const BallBoxMaximumArgs<T>&);
 };
 
 // The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.

@@ -19,13 +19,14 @@ enum class Term : uint32_t {
   BacksubOwn,       // gamma_{m+2} of a back-substitution step
   BacksubDeployed,  // gamma_{n+2} of a back-substitution step
   BacksubConstant,  // sums of constants and of the concretisation
+  Norm,             // every rounding in upper bounds of operator norms
   Count
 };
 
 inline const std::vector<std::string>& term_names() {
-  static const std::vector<std::string> names = {"own_product",      "deployed",        "bias",     "underflow",
-                                                 "radius_product",   "batch_norm",      "residual", "backsub_own",
-                                                 "backsub_deployed", "backsub_constant"};
+  static const std::vector<std::string> names = {"own_product",      "deployed",         "bias",     "underflow",
+                                                 "radius_product",   "batch_norm",       "residual", "backsub_own",
+                                                 "backsub_deployed", "backsub_constant", "norm"};
   return names;
 }
 

@@ -175,6 +175,8 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError(f"--eps must be finite and not negative, got {args.eps}")
     if args.p not in (1, 2, float("inf")):
         raise CommandError(f"--p must be 1, 2 or inf, got {args.p:g}")
+    if "lipschitz" in args.method and args.soundness == "none":
+        raise CommandError("--method lipschitz needs --soundness real or deployed, got none")
     if args.clip is not None and not args.clip[0] < args.clip[1]:
         raise CommandError(f"--clip LO HI needs LO < HI, got {args.clip}")
     try:

@@ -2,6 +2,7 @@
 
 from pycert.ops.backsub import concretize
 from pycert.ops.interval import interval_conv2d, interval_linear
+from pycert.ops.norm import PowerNorm, masked_norm, power_norm
 from pycert.ops.relaxation import (
     ActivationLines,
     ReluRelaxation,
@@ -12,11 +13,14 @@ from pycert.ops.relaxation import (
 
 __all__ = [
     "ActivationLines",
+    "PowerNorm",
     "ReluRelaxation",
     "activation_interval",
     "activation_lines",
     "concretize",
     "interval_conv2d",
     "interval_linear",
+    "masked_norm",
+    "power_norm",
     "relu_relaxation",
 ]

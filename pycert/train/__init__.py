@@ -7,6 +7,7 @@ from pycert.train.loss import (
     mixed_margins,
     worst_case_loss,
 )
+from pycert.train import losses
 from pycert.train.schedules import Ramp, linear, smooth
 from pycert.train.trainer import Recipe, train
 
@@ -17,6 +18,7 @@ __all__ = [
     "fused_loss",
     "initialize_for_ibp",
     "linear",
+    "losses",
     "mixed_margins",
     "smooth",
     "train",

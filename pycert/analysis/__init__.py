@@ -1,0 +1,1 @@
+"""Experiments about bounds, each a program of its own: ``python -m pycert.analysis.NAME --help``."""

@@ -1,0 +1,88 @@
+"""Error bounds of float64 sums, exact conversion and scaling, rounding upward."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pycert import _C
+
+UNIT_ROUNDOFF = 2.0**-53
+#: A result that lost its tail to underflow is off by at most this, whether or not subnormals are flushed.
+SMALLEST = 2.0**-1022
+#: Multiplies a nonnegative scalar result: covers some forty roundings of the steps that led to it.
+UP = 1 + 2.0**-46
+
+
+def gamma(terms: float) -> float:
+    """``n u / (1 - n u)``: relative error of a float64 sum of ``terms`` products in any order (Higham 2002, ch. 3).
+
+    Raises:
+        ValueError: ``n u >= 1/2``.
+    """
+    if not _C.testing_enabled("norm"):
+        return 0.0
+    share = terms * UNIT_ROUNDOFF
+    if not share < 0.5:
+        raise ValueError(f"a sum of {terms:g} terms is too long for a rounding error bound in float64")
+    return share / (1 - share) * UP
+
+
+def exact_double(value: Tensor) -> Tensor:
+    """``|value|`` and signs in float64, exactly, also where the processor reads subnormal float32 as zero."""
+    value = value.detach()
+    if value.dtype != torch.float32:
+        return value.double()
+    wide = value.double()
+    bits = value.contiguous().view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    subnormal = (magnitude > 0) & (magnitude < 0x00800000)
+    if bool(subnormal.any()):
+        tiny = magnitude.double() * 2.0**-149 * torch.where(bits < 0, -1.0, 1.0).double()
+        wide = torch.where(subnormal, tiny, wide)
+    return wide
+
+
+def exponent_of(largest: Tensor) -> Tensor:
+    """Integers ``e`` with ``2^(e-1) <= largest < 2^e``; 0 for zero and for what is not finite."""
+    e = torch.frexp(largest).exponent
+    return torch.where(torch.isfinite(largest) & (largest > 0), e, torch.zeros_like(e))
+
+
+def times_power(value: Tensor, exponent: Tensor) -> Tensor:
+    """``value * 2^exponent`` in two steps, since one factor alone may overflow; exact but for underflow."""
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    return value * _power_of_two(half) * _power_of_two(exponent - half)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """Exact, -1022 to 1023, by its bits: library functions need not be exact, nor float64."""
+    return (exponent.to(torch.int64).clamp(-1022, 1023) + 1023).bitwise_left_shift(52).view(torch.float64)
+
+
+def round_up(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 number that is itself an upper bound, as ``dtype``, not below it; +0 stays."""
+    if dtype == torch.float64:
+        return value
+    # Subnormal results may read as zero to who flushes them: never below the smallest normal number.
+    value = torch.where((value > 0) & (value < 2.0**-126), torch.full_like(value, 2.0**-126), value)
+    rounded = value.to(dtype)
+    above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
+    return torch.where(rounded.double() < value, above, rounded)
+
+
+def scaled_back(value: Tensor, exponent: Tensor) -> Tensor:
+    """``value * 2^exponent``, not below it where that underflows."""
+    result = times_power(value, exponent)
+    return torch.where((value > 0) & (result < 2.0**-1000), result + SMALLEST, result)
+
+
+def frobenius(value: Tensor) -> Tensor:
+    """At least the Frobenius norm over the last two dimensions; ``[..., m, n]`` to ``[...]``."""
+    parts = torch.view_as_real(value).flatten(-2) if value.is_complex() else value
+    total = parts.square().sum((-2, -1))
+    count = parts.shape[-1] * parts.shape[-2]
+    bound = (total * (1 + gamma(count + 8)) + count * SMALLEST).sqrt() * UP
+    return torch.where((parts == 0).all(-1).all(-1), torch.zeros_like(bound), bound)

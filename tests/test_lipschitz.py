@@ -1,0 +1,414 @@
+"""Local and global Lipschitz bounds, and what ``method="lipschitz"`` certifies with them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pycert
+from pycert import lipschitz
+from pycert.cli import main, records
+from pycert.lipschitz.margins import ball_box_bound
+from pycert.lipschitz.slopes import _SLOPES, largest_slope
+
+
+class Residual(nn.Module):
+    """Branches, a BatchNorm, a concatenation and a smooth activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 12), nn.Linear(12, 12), nn.Linear(24, 3)
+        self.norm = nn.BatchNorm1d(12)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        g = h + F.gelu(self.norm(self.second(h)))
+        return self.last(torch.cat([h, g], 1))
+
+
+def clipped_maxmin(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=1)
+    return torch.cat(
+        [torch.maximum(first, second).clamp(max=0.3), torch.minimum(first, second).clamp(min=-0.2)], 1
+    )
+
+
+class Clipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.theta = (
+            nn.Linear(4, 12),
+            nn.Linear(12, 3),
+            nn.Parameter(torch.rand(12) / 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(clipped_maxmin(torch.minimum(torch.relu(self.first(x)), self.theta)))
+
+
+def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    torch.manual_seed(0)
+    return {
+        "dense": (
+            nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)), (4,)),
+        "conv": (
+            nn.Sequential(
+                nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 4, 2, 1), nn.LeakyReLU(0.1), nn.Flatten(),
+                nn.Linear(64, 10), nn.Tanh(), nn.Linear(10, 3)), (1, 8, 8)),
+        "maxmin": (
+            nn.Sequential(
+                nn.Linear(4, 20), pycert.nn.MaxMin(), nn.Linear(20, 20), pycert.nn.GroupSort(), nn.Linear(20, 3)), (4,)),
+        "residual": (Residual().eval(), (4,)),
+        "clipped": (Clipped(), (4,)),
+        "pooled": (
+            nn.Sequential(
+                pycert.nn.Normalize([0.4], [0.5]), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                nn.ConvTranspose2d(4, 3, 2), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)), (1, 8, 8)),
+    }  # fmt: skip
+
+
+NETWORKS = list(networks())
+PS = [1, 2, math.inf]
+
+
+def balls(x: Tensor, eps: float, p: float, count: int) -> Tensor:
+    """``[count, *x.shape]``: points of the balls, on the sphere half of the time, also sparse ones."""
+    d = torch.randn(count, *x.shape, dtype=torch.float64)
+    d[::3] *= torch.rand_like(d[::3]) < 0.2
+    if p == math.inf:
+        d[1::2] = d[1::2].sign()
+    size = torch.linalg.vector_norm(d.flatten(2), ord=p, dim=2).clamp(min=1e-12)
+    scale = torch.where(torch.arange(count) % 2 == 0, torch.rand(count, dtype=torch.float64), 1.0)
+    d = d / size.view(*size.shape, *[1] * (x.dim() - 1)) * scale.view(-1, *[1] * x.dim()) * eps * (1 - 1e-6)
+    return x.double() + d
+
+
+def operator_norm(matrix: Tensor, p: float) -> Tensor:
+    return torch.linalg.matrix_norm(matrix, ord=2 if p == 2 else p)
+
+
+@pytest.mark.parametrize("p", PS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_jacobian_exceeds_the_bounds(name, p):
+    net, shape = networks()[name]
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    x = torch.rand(3, *shape)
+    everywhere = lipschitz.global_bound(bm, p)
+    double = networks()[name][0].double()
+    for eps in (1e-3, 0.1, 1.0):
+        local = lipschitz.local_bound(bm, pycert.LpBall(x, eps, p), p)
+        assert local.sound and local.shape == (3,)
+        assert (local <= everywhere.value * (1 + 1e-3)).all()
+        for point in balls(x, eps, p, 8):
+            for b in range(3):
+                jacobian = torch.func.jacrev(lambda z: double(z[None])[0])(point[b]).flatten(1)
+                assert operator_norm(jacobian, p) <= local[b].double(), (name, p, eps)
+
+
+@pytest.mark.parametrize("p", PS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_stay_within_the_bounds(name, p):
+    net, shape = networks()[name]
+    double = networks()[name][0].double()
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    x = torch.rand(3, *shape)
+    rows = torch.randn(2, 3)
+    for eps in (0.0, 1e-6, 0.05, 0.6):
+        region = pycert.LpBall(x, eps, p)
+        bounds = {s: bm.bound(region, method="lipschitz", soundness=s) for s in ("real", "deployed")}
+        of_rows = bm.bound(region, method="lipschitz", spec=rows, soundness="real")
+        with torch.no_grad():
+            for point in balls(x, eps, p, 20):
+                value = double(point)
+                assert (bounds["real"].lower <= value).all() and (value <= bounds["real"].upper).all()
+                assert (of_rows.lower <= value @ rows.double().t()).all()
+                single = point.float()  # may leave the ball by a rounding, which 1e-6 of it allows for
+                if eps > 0:
+                    computed = net(single)
+                    assert (bounds["deployed"].lower <= computed).all()
+                    assert (computed <= bounds["deployed"].upper).all()
+
+
+def test_the_corner_of_a_single_layer_is_reached():
+    """One linear layer: the bounds are W x + b plus or minus eps times the dual norms, up to rounding."""
+    layer = nn.Linear(6, 4)
+    bm = pycert.BoundedModule(layer, torch.empty(1, 6))
+    x = torch.rand(2, 6)
+    for p, q in ((1, math.inf), (2, 2), (math.inf, 1)):
+        bounds = bm.bound(pycert.LpBall(x, 0.3, p), method="lipschitz", soundness="real")
+        reach = 0.3 * torch.linalg.vector_norm(layer.weight.double(), ord=q, dim=1)
+        assert torch.allclose(bounds.upper.double(), layer(x).double() + reach, atol=1e-5)
+        assert lipschitz.local_bound(bm, pycert.LpBall(x, 0.3, p), p)[0].double() == pytest.approx(
+            operator_norm(layer.weight.double(), p).item(), rel=2e-3)  # fmt: skip
+
+
+def test_deployed_bounds_are_wider_than_real_ones():
+    net, shape = networks()["conv"]
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    region = pycert.LpBall(torch.rand(2, *shape), 0.01, 2)
+    real, deployed = (bm.bound(region, method="lipschitz", soundness=s) for s in ("real", "deployed"))
+    assert (deployed.lower < real.lower).all() and (real.upper < deployed.upper).all()
+
+
+def test_dead_neurons_are_eliminated():
+    first, second = nn.Linear(2, 4), nn.Linear(4, 1)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[1.0, 0], [0, 1], [5, 5], [7, -7]]))
+        first.bias.copy_(torch.tensor([2.0, 2, -100, -100]))
+        second.weight.fill_(1)
+    bm = pycert.BoundedModule(nn.Sequential(first, nn.ReLU(), second), torch.empty(1, 2))
+    region = pycert.LpBall(torch.zeros(1, 2), 1.0, 2)
+    local = lipschitz.local_bound(bm, region, layers=True)
+    assert local.item() == pytest.approx(math.sqrt(2), rel=3e-3)  # the identity, then (1, 1)
+    assert [layer.live_out for layer in local.layers] == [0.5, 1.0]
+    assert local.layers[1].live_in == 0.5 and (local.layers[0].ratio < 0.2).all()
+    assert lipschitz.global_bound(bm).value > 10
+
+
+def test_maxmin_costs_nothing():
+    net = nn.Sequential(
+        nn.Linear(6, 8), pycert.nn.MaxMin(), nn.Linear(8, 8), pycert.nn.GroupSort(), nn.Linear(8, 2)
+    )
+    bm = pycert.BoundedModule(net, torch.empty(1, 6))
+    product = math.prod(operator_norm(net[i].weight.double(), 2).item() for i in (0, 2, 4))
+    assert lipschitz.global_bound(bm).value == pytest.approx(product, rel=5e-3)
+
+
+def test_margin_constants_are_those_of_the_last_layer():
+    net, shape = networks()["dense"]
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    constants = lipschitz.global_bound(bm).margins
+    hidden = math.prod(operator_norm(net[i].weight.double(), 2).item() for i in (0, 2))
+    weight = net[4].weight.detach().double()
+    assert constants[0, 1].item() == pytest.approx(hidden * (weight[0] - weight[1]).norm().item(), rel=4e-3)
+    assert (constants.diagonal() == 0).all() and torch.equal(constants, constants.t())
+
+
+def test_an_estimate_says_so():
+    net, shape = networks()["dense"]
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    region = pycert.LpBall(torch.rand(2, *shape), 0.1, 2)
+    estimate, bound = (lipschitz.local_bound(bm, region, method=m) for m in ("power", "gram"))
+    assert not estimate.sound and "estimate" in repr(estimate)
+    assert bound.sound and "upper bound" in repr(bound)
+    assert not hasattr(bound * 2, "sound")  # a plain tensor
+    assert not lipschitz.global_bound(bm, method="power").sound
+    with pytest.raises(ValueError, match="unknown option 'estimate'"):
+        pycert.certify(
+            bm, torch.rand(2, *shape), torch.zeros(2, dtype=torch.int64), 0.1, 2, "lipschitz", estimate=True
+        )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_ball_box_bound_is_the_maximum(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n = [1, 2, 5, 30, 200, 7][seed]
+    weight = torch.randn(4, 3, n, generator=generator, dtype=torch.float64)
+    weight[0, 0, ::2] = 0
+    lower = -torch.rand(4, n, generator=generator, dtype=torch.float64)
+    upper = torch.rand(4, n, generator=generator, dtype=torch.float64)
+    lower[1, ::3], upper[2, ::2] = 0, 0
+    for radius in (0.0, 1e-9, 0.1, 0.7, 3.0, 1e6):
+        found = ball_box_bound(weight, lower, upper, torch.full((4,), radius, dtype=torch.float64))
+        best = torch.zeros_like(found)
+        for t in np.geomspace(1e-12, 1e12, 1501):
+            d = torch.minimum(torch.maximum(t * weight, lower[:, None]), upper[:, None])
+            inside = d.norm(dim=-1) <= radius
+            best = torch.where(inside, torch.maximum(best, (weight * d).sum(-1)), best)
+        assert (found >= best * (1 - 1e-15)).all()
+        assert (found <= best * 1.05 + 1e-12 + radius * 1e-12).all()
+
+
+def test_ball_box_bound_is_sound_for_any_multiplier(monkeypatch):
+    """The sorting may go wrong without harm: only the tightness rests on it."""
+    weight, lower, upper = (
+        torch.randn(3, 4, 9).double(),
+        -torch.rand(3, 9).double(),
+        torch.rand(3, 9).double(),
+    )
+    radius = torch.rand(3).double()
+    exact = ball_box_bound(weight, lower, upper, radius)
+    original = torch.ops.pycert.ball_box_maximum
+    for factor in (1e-3, 0.5, 2.0, 1e3):
+
+        class Wrong:
+            ball_box_maximum = staticmethod(lambda *a: (None, original(*a)[1] * factor))  # noqa: B023
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops, "pycert", Wrong)
+            assert (ball_box_bound(weight, lower, upper, radius) >= exact * (1 - 1e-13)).all()
+
+
+def slope_cases():
+    return [(op, {"slope": 0.1, "alpha": 1.3, "threshold": 20.0, "min": -0.5, "max": 0.7}) for op in _SLOPES]
+
+
+@pytest.mark.parametrize("op,attrs", slope_cases(), ids=lambda c: c if isinstance(c, str) else "")
+def test_slopes_hold(op, attrs):
+    functions = {
+        "relu": F.relu, "abs": torch.abs, "sin": torch.sin, "cos": torch.cos, "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh, "clamp": lambda x: x.clamp(-0.5, 0.7), "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
+        "prelu": lambda x: F.leaky_relu(x, 0.1), "elu": lambda x: F.elu(x, 1.3), "softplus": F.softplus, "silu": F.silu,
+        "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "mish": F.mish,
+        "hardswish": F.hardswish, "softsign": F.softsign, "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt,
+        "reciprocal": torch.reciprocal, "square": torch.square}  # fmt: skip
+    torch.manual_seed(0)
+    middle, half = torch.randn(400).double() * 3, torch.rand(400).double() ** 3 * 4
+    if op in ("log", "sqrt", "reciprocal"):
+        middle = middle.abs() + half + 0.01
+    lower, upper = middle - half, middle + half
+    slope = largest_slope(op, lower, upper, attrs)
+    points = (lower + (upper - lower) * torch.linspace(0, 1, 65).double()[:, None]).requires_grad_()
+    (gradient,) = torch.autograd.grad(functions[op](points).sum(), points)
+    inside = gradient[1:-1] if op in ("relu", "clamp", "leaky_relu", "prelu", "elu", "abs") else gradient
+    assert (inside.abs() <= slope).all()
+    assert (
+        largest_slope(op, torch.full((1,), -math.inf), torch.full((1,), math.inf), attrs)
+        >= gradient.abs().max()
+    ).all()
+    if op not in ("abs", "sin", "cos", "mish", "gelu_tanh"):
+        assert slope.min() < slope.max()  # it does look at the interval
+
+
+def trained() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
+    y = torch.arange(3).repeat(20)
+    x = centres[y] + 0.3 * torch.randn(60, 2)
+    net = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02, weight_decay=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net, x, y
+
+
+def test_certificates_are_not_broken_by_attacks():
+    net, x, y = trained()
+    bm = pycert.BoundedModule(net, torch.empty(1, 2))
+    result = pycert.certify(bm, x, y, eps=0.2, p=2, method="lipschitz")
+    assert 0.3 < result.accuracy <= 1
+    assert result.soundness == "deployed"
+    attacked = pycert.attacks.pgd(net, pycert.LpBall(x, 0.2, 2), y, steps=40, step_size=0.05, restarts=3)
+    adversarial = attacked if isinstance(attacked, Tensor) else attacked[0]
+    broken = net(adversarial).argmax(1) != y
+    assert not (broken & result.certified).any()
+
+
+def test_radii_are_certified_and_no_smaller_than_the_global_ones():
+    net, x, y = trained()
+    bm = pycert.BoundedModule(net, torch.empty(1, 2))
+    radius = lipschitz.certified_radius(bm, x, y)
+    assert radius.shape == (60,) and (radius > 0).sum() > 40
+    good = radius > 0
+    again = pycert.margins(bm, pycert.LpBall(x[good], radius[good], 2), y[good], method="lipschitz")
+    assert (again > 0).all()
+    scores = net(x).detach()
+    top = scores.gather(1, y[:, None]) - scores
+    constants = lipschitz.global_bound(bm).margins[y]
+    plain = torch.where(constants > 0, top / constants.clamp(min=1e-12), torch.inf).amin(1).clamp(min=0)
+    assert (radius >= plain * 0.99).all() and (radius > plain * 1.05).float().mean() > 0.3
+
+
+def test_monotone_in_the_radius():
+    net, shape = networks()["dense"]
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    x = torch.rand(4, *shape)
+    values = torch.stack(
+        [lipschitz.local_bound(bm, pycert.LpBall(x, e, 2)).as_subclass(Tensor) for e in (0.0, 0.1, 0.4, 2.0)]
+    )
+    assert (values[1:] >= values[:-1] * 0.998).all()
+
+
+def test_several_inputs_and_boxes():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(2, 5)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return torch.relu(self.a(x)) - self.b(z)
+
+    net = Two()
+    bm = pycert.BoundedModule(net, (torch.empty(1, 3), torch.empty(1, 2)))
+    x, z = torch.rand(2, 3), torch.rand(2, 2)
+    regions = (pycert.Box(x - 0.1, x + 0.2), pycert.LpBall(z, 0.3, 2))
+    bounds = bm.bound(regions, method="lipschitz", soundness="real")
+    double = Two().double()
+    double.load_state_dict({k: v.double() for k, v in net.state_dict().items()})
+    for _ in range(50):
+        u = x - 0.1 + 0.3 * torch.rand(2, 3)
+        d = torch.randn(2, 2)
+        v = z + 0.299 * d / d.norm(dim=1, keepdim=True)
+        value = double(u.double(), v.double())
+        assert (bounds.lower <= value).all() and (value <= bounds.upper).all()
+
+
+def test_clip_with_the_centre_outside():
+    net, shape = networks()["dense"]
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    x = torch.full((1, 4), -0.2)
+    region = pycert.LpBall(x, 0.5, 2, clip=(0, 1))
+    bounds = bm.bound(region, method="lipschitz", soundness="real")
+    for point in balls(x, 0.5, 2, 200):
+        if (point >= 0).all():
+            value = net.double()(point)
+            net.float()
+            assert (bounds.lower <= value).all() and (value <= bounds.upper).all()
+    assert (bounds.lower <= net(torch.zeros(1, 4))).all()
+
+
+def test_what_is_not_covered_is_refused():
+    class Product(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.relu(x)
+
+    bm = pycert.BoundedModule(Product(), torch.empty(1, 3))
+    region = pycert.LpBall(torch.rand(1, 3), 0.1, 2)
+    with pytest.raises(ValueError, match="does not cover the operator 'product'"):
+        lipschitz.local_bound(bm, region)
+    net, shape = networks()["dense"]
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    region = pycert.LpBall(torch.rand(1, *shape), 0.1, 2)
+    with pytest.raises(ValueError, match="soundness='real' or 'deployed'"):
+        bm.bound(region, method="lipschitz", soundness="none")
+    with pytest.raises(ValueError, match="method must be one of 'gram', 'power'"):
+        lipschitz.local_bound(bm, region, method="svd")
+    for call in (bm.estimate, bm.layer_bounds):
+        with pytest.raises(ValueError, match="lipschitz"):
+            call(region, method="lipschitz")
+
+
+def test_double_precision():
+    net, shape = networks()["conv"]
+    bm = pycert.BoundedModule(net.double(), torch.empty(1, *shape).double())
+    region = pycert.LpBall(torch.rand(2, *shape).double(), 0.1, 2)
+    assert lipschitz.local_bound(bm, region).dtype == torch.float64
+    lower, upper = bm.bound(region, method="lipschitz")
+    assert (lower < net(region.x)).all() and (net(region.x) < upper).all()
+
+
+def test_the_command_line_certifies_with_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net, x, y = trained()
+    (tmp_path / "lipnet.py").write_text(
+        "from torch import nn\ndef make():\n"
+        "    return nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))\n"
+    )
+    torch.save(net.state_dict(), "weights.pt")
+    np.savez("data.npz", x=x.numpy(), y=y.numpy())
+    command = "certify lipnet:make --weights weights.pt --data data.npz --eps 0.2 --p 2 --method lipschitz --no-plot"
+    assert main(command.split()) == 0
+    assert "lipschitz" in capsys.readouterr().out
+    result = pycert.certify(pycert.BoundedModule(net, x[:1]), x, y, 0.2, 2, "lipschitz")
+    found = [row["certified"] for row in records.read(tmp_path / "certify.jsonl")[1]]
+    assert found == result.certified.tolist() and sum(found) > 20
+    assert main([*command.split(), "--soundness", "none", "--overwrite"]) == 2

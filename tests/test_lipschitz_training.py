@@ -1,0 +1,301 @@
+"""Training through Lipschitz bounds: its values, gradients, losses and warm starts; the activations made for it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pycert
+from pycert import lipschitz
+from pycert.nn import ClippedMaxMin, GroupSort, Householder, MaxMin, ReLUTheta, SmoothMaxMin, SmoothRamp
+from pycert.train import losses
+from pycert.train.losses import bcp_loss, gloro_loss, project_thresholds, worst_logits
+
+
+def net_of(kind: str, dtype=torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    activation = {
+        "relu": lambda *shape: nn.ReLU(),
+        "theta": lambda *shape: ReLUTheta(shape, 0.4),
+        "maxmin": lambda *shape: MaxMin(),
+        "clipped": lambda *shape: ClippedMaxMin(shape, -0.2, 0.3),
+    }[kind]
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), activation(4, 6, 6), nn.Conv2d(4, 2, 4, 2, 1), activation(2, 3, 3), nn.Flatten(),
+        nn.Linear(18, 8), activation(8), nn.Linear(8, 3),
+    ).to(dtype)  # fmt: skip
+
+
+def reference(net: nn.Sequential, x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+    """Worst logits of relu and theta networks in plain torch, with exact norms by SVD and the last layer by bisection."""
+    layers = list(net)
+    mu, lower, upper = x, x - eps.view(-1, 1, 1, 1), x + eps.view(-1, 1, 1, 1)
+    radius, live = eps, None
+    position = 0
+    while position < len(layers) - 1:
+        layer = layers[position]
+        if isinstance(layer, nn.Flatten):
+            mu, lower, upper = (t.flatten(1) for t in (mu, lower, upper))
+            live = live.flatten(1)
+            position += 1
+            continue
+        absolute = type(layer).__new__(type(layer))
+        absolute.__dict__ = dict(layer.__dict__)
+        absolute._parameters = {"weight": nn.Parameter(layer.weight.detach().abs()), "bias": None}
+        middle, half = layer((lower + upper) / 2), absolute((upper - lower) / 2)
+        z = layer(mu)
+        ball = radius.view(-1, *[1] * (z.dim() - 1)) * layer.weight.flatten(1).norm(dim=1).view(
+            -1, *[1] * (z.dim() - 2)
+        )
+        low, high = torch.maximum(middle - half, z - ball), torch.minimum(middle + half, z + ball)
+        activation = layers[position + 1]
+        rows = high > 0
+        if isinstance(activation, ReLUTheta):
+            rows = rows & (low < activation.theta)
+        count = mu[0].numel()
+        basis = torch.eye(count, dtype=x.dtype).view(count, *mu.shape[1:])
+        matrix = (layer(basis) - layer(torch.zeros_like(basis))).flatten(1).t()
+        sigma = []
+        for b in range(len(x)):
+            masked = matrix * rows[b].flatten()[:, None]
+            masked = masked if live is None else masked * live[b].flatten()
+            sigma.append(torch.linalg.matrix_norm(masked, 2))
+        radius, live = radius * torch.stack(sigma), rows
+        mu, lower, upper = activation(z), activation(low), activation(high)
+        position += 2
+    weight, out = layers[-1].weight, layers[-1](mu)
+    worst = out.clone()
+    for b in range(len(x)):
+        for j in range(3):
+            if j == y[b]:
+                continue
+            w = weight[j] - weight[y[b]]
+            a, c = torch.zeros(()).double(), torch.tensor(1e9).double()
+            for _ in range(200):
+                t = (a + c) / 2
+                d = torch.minimum(torch.maximum(t * w, lower[b] - mu[b]), upper[b] - mu[b])
+                a, c = (t, c) if d.norm() <= radius[b] else (a, t)
+            worst[b, j] += (w * d).sum()
+    return worst.detach()
+
+
+@pytest.mark.parametrize("kind", ["relu", "theta"])
+def test_worst_logits_are_those_of_the_paper(kind):
+    net, x, y = net_of(kind), torch.rand(3, 1, 6, 6).double(), torch.tensor([0, 2, 1])
+    for eps in (torch.full((3,), 0.05).double(), torch.tensor([0.2, 0.4, 1.0]).double()):
+        found = worst_logits(net, x, y, eps, steps=3000)
+        assert torch.allclose(found.worst, reference(net, x, y, eps), rtol=1e-5, atol=1e-7)
+        assert torch.allclose(found.clean, net(x))
+
+
+@pytest.mark.parametrize("bound", ["local", "global"])
+@pytest.mark.parametrize("kind", ["relu", "theta", "maxmin", "clipped"])
+def test_gradients_are_those_of_differences(kind, bound):
+    net, x, y = net_of(kind), torch.rand(2, 1, 6, 6).double(), torch.tensor([0, 2])
+    eps = torch.tensor([0.1, 0.3]).double()
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)
+        worst = worst_logits(net, x, y, eps, bound=bound, steps=300)
+        return bcp_loss(worst, y, 0.3) + gloro_loss(worst, y) + gloro_loss(worst, y, "trades", 2.0)
+
+    loss().backward()
+    for parameter in net.parameters():
+        gradient, flat = parameter.grad.view(-1), parameter.data.view(-1)
+        for k in range(0, flat.numel(), max(1, flat.numel() // 2)):
+            value = flat[k].item()
+            ends = []
+            for step in (1e-6, -1e-6):
+                flat[k] = value + step
+                ends.append(loss().item())
+            flat[k] = value
+            assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(gradient[k].item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["relu", "theta", "maxmin", "clipped"])
+def test_worst_logits_bound_every_point_once_converged(kind):
+    net, x, y = net_of(kind), torch.rand(4, 1, 6, 6).double(), torch.tensor([0, 2, 1, 1])
+    for eps in (0.05, 0.5):
+        local, everywhere = (worst_logits(net, x, y, eps, bound=b, steps=1000) for b in ("local", "global"))
+        assert (local.radius <= everywhere.radius * (1 + 1e-6)).all()
+        for worst in (local, everywhere):
+            for _ in range(30):
+                d = torch.randn_like(x)
+                point = x + eps * d / d.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                gap = net(point) - net(point).gather(1, y[:, None])
+                assert (gap <= worst.worst - worst.worst.gather(1, y[:, None]) + 1e-9).all()
+
+
+def test_the_bound_trained_with_is_near_the_certified_one():
+    net = net_of("theta", torch.float32)
+    bm = pycert.BoundedModule(net, torch.empty(1, 1, 6, 6))
+    x, y = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
+    worst = worst_logits(net, x, y, 0.1, steps=2000)
+    others = ~F.one_hot(y, 3).bool()
+    estimated = (worst.clean.gather(1, y[:, None]) - worst.worst)[others].view(4, 2)
+    proved = pycert.margins(bm, pycert.LpBall(x, 0.1, 2), y, method="lipschitz")
+    # The engine is a little tighter at borders, where a filter reads fewer pixels; its norms are a little larger.
+    assert ((proved - estimated).abs() <= 0.02 * (estimated.abs() + 1)).all()
+
+
+def test_losses_by_hand():
+    worst = losses.WorstLogits(
+        torch.tensor([[2.0, 0, 1]]), torch.tensor([[2.0, 1, 3]]), torch.ones(1), [], []
+    )
+    y = torch.tensor([0])
+    clean, robust = (F.cross_entropy(t, y) for t in (worst.clean, worst.worst))
+    assert bcp_loss(worst, y, 0.25) == 0.25 * clean + 0.75 * robust
+    extended = torch.tensor([[2.0, 0, 1, 3]])
+    assert gloro_loss(worst, y) == F.cross_entropy(extended, y)
+    p, q = worst.clean.softmax(1), extended.softmax(1)[:, :3]
+    assert gloro_loss(worst, y, "trades", 0.5).item() == pytest.approx(
+        clean.item() + 0.5 * (p * (p / q).log()).sum().item(), rel=1e-5
+    )
+    assert gloro_loss(worst, y, reduction="none").shape == (1,)
+
+
+def test_sparsity_pushes_neurons_out():
+    net = net_of("theta", torch.float32)
+    x, y = torch.rand(8, 1, 6, 6), torch.randint(0, 3, (8,))
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    live = []
+    for _ in range(60):
+        found = worst_logits(net, x, y, 0.02, sparsity=0.1)
+        live.append(float(sum(found.live)))
+        optimizer.zero_grad()
+        found.sparsity.backward()
+        optimizer.step()
+        project_thresholds(net)
+    assert live[-1] < live[0] - 0.3
+    assert all((m.theta >= 0).all() for m in net.modules() if isinstance(m, ReLUTheta))
+
+
+def test_warm_starts_are_kept_by_sample(tmp_path):
+    net, x, y = net_of("relu", torch.float32), torch.rand(6, 1, 6, 6), torch.randint(0, 3, (6,))
+    exact = worst_logits(net, x, y, 0.1, steps=1000).radius
+    for path in (None, tmp_path / "starts"):
+        for dtype in (torch.float16, torch.float32):
+            store = losses.WarmStarts(net, x[:1], 6, dtype, path)
+            numbers = 36 + 144 + 18
+            assert store.nbytes == 6 * numbers * (2 if dtype == torch.float16 else 4)
+            assert "6 samples, 3 layers" in repr(store) and "GB" in repr(store)
+            for _ in range(60):
+                index = torch.randperm(6)[:4]
+                found = worst_logits(net, x[index], y[index], 0.1, steps=1, starts=store.take(index))
+                store.put(index, found.starts)
+            index = torch.arange(6)
+            warm = worst_logits(net, x, y, 0.1, steps=1, starts=store.take(index)).radius
+            assert torch.allclose(warm, exact, rtol=0.06)
+
+
+def test_what_training_does_not_cover_is_refused():
+    x, y = torch.rand(2, 4), torch.zeros(2, dtype=torch.int64)
+    for net, message in (
+        (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), "got Tanh"),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "ends in a Linear"),
+        (nn.Sequential(nn.ReLU(), nn.Linear(4, 2)), "affine layer before ReLU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            worst_logits(net, x, y, 0.1)
+    with pytest.raises(ValueError, match="bound must be one of 'local', 'global', got 'loc'"):
+        worst_logits(nn.Sequential(nn.Linear(4, 2)), x, y, 0.1, bound="loc")
+
+
+ACTIVATIONS = {
+    "theta": lambda: ReLUTheta((8,), 0.3),
+    "clipped": lambda: ClippedMaxMin((8,), -0.1, 0.2),
+    "maxmin": MaxMin,
+    "groupsort": GroupSort,
+    "smooth maxmin": SmoothMaxMin,
+    "softplus ramp": lambda: SmoothRamp("softplus"),
+    "gelu ramp": lambda: SmoothRamp("gelu"),
+    "householder": lambda: Householder(8, 0.6),
+}
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_activations_are_one_lipschitz(name):
+    activation = ACTIVATIONS[name]().double()
+    torch.manual_seed(0)
+    for scale in (0.01, 1.0, 100.0):
+        x = torch.randn(300, 8).double() * scale
+        y = x + torch.randn(300, 8) * scale * torch.rand(300, 1)
+        assert ((activation(x) - activation(y)).norm(dim=1) <= (x - y).norm(dim=1) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown", "forward", "lipschitz"])
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_activations_are_bounded_by_every_method(name, method):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), ACTIVATIONS[name](), nn.Linear(8, 2))
+    bm = pycert.BoundedModule(net, torch.empty(1, 3))
+    x = torch.rand(4, 3)
+    for eps in (1e-4, 0.1, 1.0):
+        lower, upper = bm.bound(pycert.LpBall(x, eps, 2), method=method)
+        for _ in range(60):
+            d = torch.randn(4, 3)
+            value = net(x + eps * (1 - 1e-5) * d / d.norm(dim=1, keepdim=True))
+            assert (lower <= value).all() and (value <= upper).all()
+
+
+@pytest.mark.parametrize("name", ["maxmin", "groupsort", "smooth maxmin", "householder"])
+def test_known_activations_add_nothing_to_the_product(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), ACTIVATIONS[name](), nn.Linear(8, 2))
+    bm = pycert.BoundedModule(net, torch.empty(1, 3))
+    product = math.prod(torch.linalg.matrix_norm(net[i].weight.double(), 2).item() for i in (0, 2))
+    assert lipschitz.global_bound(bm).value == pytest.approx(product, rel=5e-3)
+    region = pycert.LpBall(torch.rand(2, 3), 0.1, 2)
+    assert (lipschitz.local_bound(bm, region) <= product * 1.003).all()
+
+
+def test_a_block_called_twice_is_taken_apart():
+    """Its nodes cannot be told from each other by their paths, so nothing is assumed of them."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(3, 4), nn.Linear(4, 4), SmoothMaxMin()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.b(self.act(self.a(x)))) * 3
+
+    net = Twice()
+    bm = pycert.BoundedModule(net, torch.empty(1, 3))
+    region = pycert.LpBall(torch.rand(2, 3), 0.1, 2)
+    local = lipschitz.local_bound(bm, region)
+    for b in range(2):
+        jacobian = torch.func.jacrev(lambda z: net(z[None])[0])(region.x[b])
+        assert torch.linalg.matrix_norm(jacobian, 2) <= local[b]
+
+
+def test_householder_reflects():
+    activation = Householder(2, math.pi / 2)  # v = (0, 1): what lies below the axis is mirrored above
+    z = torch.tensor([[0.3, 0.5], [0.3, -0.5]])
+    assert torch.allclose(activation(z), torch.tensor([[0.3, 0.5], [0.3, 0.5]]), atol=1e-6)
+    x = torch.randn(50, 2)
+    assert torch.allclose(activation(x).norm(dim=1), x.norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ReLUTheta((3,), -1.0), "theta must be nonnegative, got -1.0"),
+        (lambda: ClippedMaxMin((3,)), "even number of channels"),
+        (lambda: ClippedMaxMin((4,), 1.0, 0.0), "low must not exceed high"),
+        (lambda: SmoothMaxMin(0.0), "width must be positive and finite, got 0.0"),
+        (lambda: SmoothRamp("silu"), "kind must be one of 'softplus', 'gelu', got 'silu'"),
+        (lambda: Householder(3), "channels must be even and positive, got 3"),
+        (
+            lambda: losses.WarmStarts(net_of("relu"), torch.rand(1, 1, 6, 6), 0),
+            "count must be at least 1, got 0",
+        ),
+    ],
+)
+def test_errors_name_the_argument(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
