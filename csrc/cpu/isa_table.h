@@ -30,7 +30,8 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       relax_backward<T>,
                                       concretize_backward<T>,
                                       relayout_backward<T>,
-                                      ascend<T>};
+                                      ascend<T>,
+                                      krelu_hull<T>};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }

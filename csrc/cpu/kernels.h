@@ -285,6 +285,23 @@ struct RelayoutBackwardArgs {
   T* grad_rows;  // [T, from], added to
 };
 
+// ---- krelu family ----------------------------------------------------------------------------------------------
+
+// Rows (b, a, c) with b + a.x + c.relu(x) >= 0 for groups of k neurons: see cpu/krelu_loops.h.
+template <typename T>
+struct KreluArgs {
+  const T* lower;        // [G, k]
+  const T* upper;        // [G, k]
+  const T* A;            // [G, M, k], elements -1, 0 and 1: b + A x >= 0
+  const T* b;            // [G, M]
+  const bool* identity;  // [G, k]: y = x, as past a skip connection; or null
+  const T* points;       // [G, J, 2, k]: points (x, y) to cut off
+  T* rows;               // [G, R, 1 + 2k], zero
+  int64_t* count;        // [G]
+  int64_t groups, k, rows_given, point_count, rows_out;
+  int64_t pivots;  // steps of the simplex method, for groups whose facets are not all visited
+};
+
 template <typename T>
 struct Kernels {
   void (*prepare)(const PrepareArgs<T>&);
@@ -306,6 +323,7 @@ struct Kernels {
   void (*concretize_backward)(const ConcretizeBackwardArgs<T>&);
   void (*relayout_backward)(const RelayoutBackwardArgs<T>&);
   void (*ascend)(const AscendArgs<T>&);
+  void (*krelu_hull)(const KreluArgs<T>&);
 };
 
 // The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.

@@ -2,6 +2,7 @@
 
 from pycert.ops.backsub import concretize
 from pycert.ops.interval import interval_conv2d, interval_linear
+from pycert.ops.krelu import krelu_hull, octahedral_directions
 from pycert.ops.relaxation import (
     ActivationLines,
     ReluRelaxation,
@@ -18,5 +19,7 @@ __all__ = [
     "concretize",
     "interval_conv2d",
     "interval_linear",
+    "krelu_hull",
+    "octahedral_directions",
     "relu_relaxation",
 ]
