@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -16,6 +17,8 @@
 #include "core/backsub.h"
 #include "core/ballbox.h"
 #include "core/interval.h"
+#include "core/krelu.h"
+#include "core/relaxation_lines.h"
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -35,6 +38,8 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 #include "cpu/norm_loops.h"
 #include "cpu/product_loops.h"
 #include "cpu/convolution_loops.h"
+#include "cpu/krelu_simplex.h"
+#include "cpu/krelu_loops.h"
 #include "cpu/isa_table.h"
 
 }  // namespace pycert::cpu::avx512

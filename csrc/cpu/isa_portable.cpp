@@ -4,11 +4,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/backsub.h"
 #include "core/ballbox.h"
 #include "core/interval.h"
+#include "core/krelu.h"
+#include "core/relaxation_lines.h"
 #include "cpu/kernels.h"
 
 namespace pycert::cpu::portable {
@@ -24,6 +27,8 @@ inline T multiply_add(T a, T b, T c) {
 #include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
 #include "cpu/norm_loops.h"
+#include "cpu/krelu_simplex.h"
+#include "cpu/krelu_loops.h"
 #include "cpu/isa_table.h"
 
 }  // namespace pycert::cpu::portable

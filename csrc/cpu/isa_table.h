@@ -42,6 +42,7 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       ball_box<T>,
                                       ball_box_backward<T>,
                                       ball_box_maximum<T>};
+                                      krelu_hull<T>};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }

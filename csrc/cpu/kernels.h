@@ -363,6 +363,21 @@ struct BallBoxMaximumArgs {
   const T* radius;         // [B]
   T *value, *scale;        // [B, S]: the maximum, and t: it is attained at d = clip(t w)
   int64_t batch, rows, count;
+// ---- krelu family ----------------------------------------------------------------------------------------------
+
+// Rows (b, a, c) with b + a.x + c.relu(x) >= 0 for groups of k neurons: see cpu/krelu_loops.h.
+template <typename T>
+struct KreluArgs {
+  const T* lower;        // [G, k]
+  const T* upper;        // [G, k]
+  const T* A;            // [G, M, k], elements -1, 0 and 1: b + A x >= 0
+  const T* b;            // [G, M]
+  const bool* identity;  // [G, k]: y = x, as past a skip connection; or null
+  const T* points;       // [G, J, 2, k]: points (x, y) to cut off
+  T* rows;               // [G, R, 1 + 2k], zero
+  int64_t* count;        // [G]
+  int64_t groups, k, rows_given, point_count, rows_out;
+  int64_t pivots;  // steps of the simplex method, for groups whose facets are not all visited
 };
 
 template <typename T>
@@ -393,6 +408,7 @@ struct Kernels {
   void (*ball_box)(const BallBoxArgs<T>&);
   void (*ball_box_backward)(const BallBoxBackwardArgs<T>&);
   void (*ball_box_maximum)(const BallBoxMaximumArgs<T>&);
+  void (*krelu_hull)(const KreluArgs<T>&);
 };
 
 // The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.

@@ -3,6 +3,7 @@
 from pycert.ops.backsub import concretize
 from pycert.ops.interval import interval_conv2d, interval_linear
 from pycert.ops.norm import PowerNorm, masked_norm, power_norm
+from pycert.ops.krelu import krelu_hull, octahedral_directions
 from pycert.ops.relaxation import (
     ActivationLines,
     ReluRelaxation,
@@ -22,5 +23,7 @@ __all__ = [
     "interval_linear",
     "masked_norm",
     "power_norm",
+    "krelu_hull",
+    "octahedral_directions",
     "relu_relaxation",
 ]
