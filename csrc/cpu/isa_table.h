@@ -41,7 +41,7 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       pack_bits,
                                       ball_box<T>,
                                       ball_box_backward<T>,
-                                      ball_box_maximum<T>};
+                                      ball_box_maximum<T>,
                                       krelu_hull<T>};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }

@@ -363,6 +363,8 @@ struct BallBoxMaximumArgs {
   const T* radius;         // [B]
   T *value, *scale;        // [B, S]: the maximum, and t: it is attained at d = clip(t w)
   int64_t batch, rows, count;
+};
+
 // ---- krelu family ----------------------------------------------------------------------------------------------
 
 // Rows (b, a, c) with b + a.x + c.relu(x) >= 0 for groups of k neurons: see cpu/krelu_loops.h.
