@@ -242,13 +242,14 @@ def _without_ascent(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _ASCENT}
 
 
-def node_box(network: Network, inputs: Inputs, question: Question, node: int) -> tuple[Tensor, Tensor]:
-    """Bounds of any node's value, given those of the pre-activations before it; never looser than intervals."""
+def node_box(
+    network: Network, inputs: Inputs, question: Question, node: int, boxes: dict[int, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Bounds of any node's value, given those of the pre-activations; never looser than intervals."""
     operator = network.engine.graph.nodes[node]
     if operator.op == "input":
         region = inputs.regions[operator.attrs["index"]]
         return region.lower, region.upper
-    boxes = layer_boxes(network.engine, inputs.regions, question)
     if node in boxes:
         return boxes[node]
     method = "ibp" if question.method == "ibp" else "crown"

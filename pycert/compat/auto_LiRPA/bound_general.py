@@ -83,6 +83,7 @@ class BoundedModule(nn.Module):
         self._ibp: tuple[Tensor | None, Tensor | None] | None = None
         self._optimised = False
         self._boxes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         #: Output constraints ``constraints @ f(x) <= thresholds``, ``[B, N, n_out]`` and ``[N]``.
         self.constraints: Tensor | None = None
         self.thresholds: Tensor | None = None
@@ -324,7 +325,7 @@ class BoundedModule(nn.Module):
 
     def _forget(self) -> None:
         self._inputs, self._question, self._intermediate = None, None, None
-        self._boxes = {}
+        self._boxes, self._layers = {}, {}
 
     def _output_only(self, caller: str, final_node_name: str | None) -> None:
         if final_node_name is not None and final_node_name != self.final_name:
@@ -472,9 +473,12 @@ class BoundedModule(nn.Module):
     def _answer(
         self, inputs: _engine.Inputs, question: Question, return_A: bool, needed: dict[str, Any]
     ) -> Any:
-        self._question, self._boxes = question, {}
+        self._question, self._boxes, self._layers = question, {}, {}
         linear = question.method != "ibp"
-        exact = any(ptb is not None and ptb.concretizes for ptb in inputs.perturbations)
+        # concretised in plain arithmetic: where more is asked for, the enclosing regions' bounds stand
+        exact = question.options["soundness"] == "none" and any(
+            ptb is not None and ptb.concretizes for ptb in inputs.perturbations
+        )
         question.linear = linear and (return_A or exact)
         if self._network.fused and question.rows is None:
             ibp = question.method == "ibp"
@@ -634,7 +638,12 @@ class BoundedModule(nn.Module):
             if self._network.fused:
                 raise NotImplementedError(f"bounds of node {node.name!r} are not kept with loss fusion")
             with self._mode(self.training):
-                self._boxes[node.link] = _engine.node_box(self._network, inputs, self._question, node.link)
+                if not self._layers:
+                    engine = self._network.engine
+                    self._layers = _engine.layer_boxes(engine, inputs.regions, self._question)
+                self._boxes[node.link] = _engine.node_box(
+                    self._network, inputs, self._question, node.link, self._layers
+                )
         lower, upper = self._boxes[node.link]
         if node.output_shape is None:
             return lower, upper
