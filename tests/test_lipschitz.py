@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import pycert
 from pycert import lipschitz
+from pycert.analysis import level_curves
 from pycert.cli import main, records
 from pycert.lipschitz.margins import ball_box_bound
 from pycert.lipschitz.slopes import _SLOPES, largest_slope
@@ -412,3 +414,17 @@ def test_the_command_line_certifies_with_it(tmp_path, monkeypatch, capsys):
     found = [row["certified"] for row in records.read(tmp_path / "certify.jsonl")[1]]
     assert found == result.certified.tolist() and sum(found) > 20
     assert main([*command.split(), "--soundness", "none", "--overwrite"]) == 2
+
+
+def test_the_experiment_on_level_curves_runs(tmp_path):
+    options = (
+        "--widths 4 --steps 20 --samples 24 --activations maxmin --sets circle --methods crown --no-plot"
+    )
+    assert level_curves.main([*options.split(), "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "level_curves.json").read_text())["rows"]
+    assert row["width"] == 4 and 0 <= row["lipschitz test"] <= row["accuracy test"] <= 1
+    assert "| circle | maxmin |" in (tmp_path / "level_curves.md").read_text()
+    assert (
+        level_curves.signed_distance("square", torch.tensor([[2.0, 2.0], [0.5, 0.0]]))
+        == torch.tensor([2**0.5, -0.5])
+    ).all()
