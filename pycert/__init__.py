@@ -10,7 +10,7 @@ check_build()
 
 # torch must be loaded before the compiled module, which the check has done.
 from pycert import _C as _C
-from pycert import attacks, nn, ops, plot, train
+from pycert import attacks, krelu, nn, ops, plot, train
 from pycert._version import __version__
 from pycert.activations import register_activation
 from pycert.bounded import BoundedModule, Bounds, Cost, LinearBounds, margins
@@ -35,6 +35,7 @@ __all__ = [
     "attacks",
     "certify",
     "lipschitz",
+    "krelu",
     "load_onnx",
     "margins",
     "nn",
