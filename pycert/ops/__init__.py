@@ -2,8 +2,8 @@
 
 from pycert.ops.backsub import concretize
 from pycert.ops.interval import interval_conv2d, interval_linear
-from pycert.ops.norm import PowerNorm, masked_norm, power_norm
 from pycert.ops.krelu import krelu_hull, octahedral_directions
+from pycert.ops.norm import PowerNorm, masked_norm, power_norm
 from pycert.ops.relaxation import (
     ActivationLines,
     ReluRelaxation,

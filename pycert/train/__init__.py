@@ -1,5 +1,6 @@
 """Certified training: schedules, the worst-case loss and a short trainer."""
 
+from pycert.train import losses
 from pycert.train.loss import (
     certified_loss,
     fused_loss,
@@ -7,7 +8,6 @@ from pycert.train.loss import (
     mixed_margins,
     worst_case_loss,
 )
-from pycert.train import losses
 from pycert.train.schedules import Ramp, linear, smooth
 from pycert.train.trainer import Recipe, train
 
