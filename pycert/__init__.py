@@ -17,6 +17,7 @@ from pycert.bounded import BoundedModule, Bounds, Cost, LinearBounds, margins
 from pycert.certification import CertifyResult, certify
 from pycert.errors import UnsupportedOperator
 from pycert.onnx_import import OnnxNetwork, load_onnx
+from pycert.profiling import profile
 from pycert.regions import Box, LpBall
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "nn",
     "ops",
     "plot",
+    "profile",
     "register_activation",
     "train",
 ]

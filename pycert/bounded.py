@@ -191,7 +191,7 @@ class BoundedModule(nn.Module):
         return_linear: bool = False,
     ) -> Bounds:
         tensors = self._tensors()
-        native = self._native(method, parsed, return_linear)
+        native = self._native(method, parsed, return_linear, regions[0][0].device)
         lower, upper, A_lower, c_lower, A_upper, c_upper = self._program.bound(tensors, regions, native, rows)
         for value in (lower, upper):
             if value is not None and not math.isfinite(value.detach().sum().item()):
@@ -234,7 +234,9 @@ class BoundedModule(nn.Module):
             )
         regions, _ = self._regions(region)
         tensors = self._tensors()
-        found = self._program.layer_bounds(tensors, regions, self._native(method, parsed, False))
+        found = self._program.layer_bounds(
+            tensors, regions, self._native(method, parsed, False, regions[0][0].device)
+        )
         if not all(
             math.isfinite((upper.detach() - lower.detach()).sum().item()) for _, lower, upper in found
         ):
@@ -263,7 +265,7 @@ class BoundedModule(nn.Module):
         regions, batch = self._regions(region)
         rows = None if spec is None else self._spec(spec, batch, regions[0][0])
         size, flops = self._program.estimate(
-            self._tensors(), regions, self._native(method, parsed, False), rows
+            self._tensors(), regions, self._native(method, parsed, False, regions[0][0].device), rows
         )
         return Cost(int(size), flops)
 
@@ -280,9 +282,9 @@ class BoundedModule(nn.Module):
             self._diagnose(tensors)
         return tensors
 
-    def _native(self, method: str, options: Options, return_linear: bool) -> _C.Options:
+    def _native(self, method: str, options: Options, return_linear: bool, device: torch.device) -> _C.Options:
         training = tuple(bool(norm.training) for norm in self.graph.batch_norms)
-        memory = 0 if method == "ibp" and options.memory is None else memory_bytes(options.memory)
+        memory = 0 if method == "ibp" and options.memory is None else memory_bytes(options.memory, device)
         key = (method, options, return_linear, training)
         native = self._options.get(key) if method == "ibp" else None
         if native is None:
@@ -330,6 +332,7 @@ class BoundedModule(nn.Module):
             if one.lower.dtype != first.lower.dtype or one.lower.device != first.lower.device:
                 raise TypeError("region: all inputs must have the same dtype and device")
             batch = one.batch
+        _check_device(given[0].lower.device)
         return [one._for_engine() for one in given], batch
 
     def _spec(self, spec: Tensor, batch: int, like: Tensor) -> tuple[Tensor, Tensor | None, int]:
@@ -397,6 +400,17 @@ class BoundedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.graph.nodes)} operators"
+
+
+def _check_device(device: torch.device) -> None:
+    """The device's kernels must be there before anything is computed with it."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"region: bounds are computed on cpu or cuda, got {device}")
+    if device.type == "cuda" and not _C.has_cuda():
+        raise ValueError(
+            f"region is on {device}, but this build of pycert is without CUDA kernels: install a torch with CUDA and "
+            "the CUDA toolkit and build pycert again (PYCERT_CUDA=1 says what is missing)"
+        )
 
 
 def _hidden_slots(graph: Graph) -> list[int]:

@@ -17,6 +17,8 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       dual_product<T>,
                                       scale<T>,
                                       add<T>,
+                                      linf_ball<T>,
+                                      with_sign<T>,
                                       magnitudes<T>,
                                       squares<T>,
                                       charge<T>,
@@ -30,7 +32,8 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       relax_backward<T>,
                                       concretize_backward<T>,
                                       relayout_backward<T>,
-                                      ascend<T>};
+                                      ascend<T>,
+                                      nullptr};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }
