@@ -407,7 +407,7 @@ def bounded(name: str, dtype: torch.dtype):
     return pycert.BoundedModule(net.to(dtype), x[:1].to(dtype)), x.to(dtype)
 
 
-@pytest.mark.parametrize("p", [1, 2, math.inf])
+@pytest.mark.parametrize("p", [*(pytest.param(p, marks=pytest.mark.slow) for p in (1, 2)), math.inf])
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown", "alpha-crown", "forward"])
 @pytest.mark.parametrize("name", NETS)
 def test_methods_give_the_same_bounds(name, method, p):

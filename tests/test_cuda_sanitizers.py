@@ -5,6 +5,7 @@ takes one out."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -48,7 +49,8 @@ def run(program: Path) -> subprocess.CompletedProcess[str]:
         "setarch"
     ):  # the thread sanitizer of older compilers fails where addresses are too random
         command = ["setarch", "-R", *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
 
 
 @pytest.mark.parametrize("name", SANITIZERS)

@@ -111,3 +111,44 @@ def _(rows, source, negative_from, sample, position, window, extent, bias, charg
 @torch.library.register_fake("pycert::relayout_rows")
 def _(rows, source, negative_from, sample, position, window, to, extent):
     return rows.new_empty(_rows_shape(sample.shape[0], to, extent))
+
+
+@torch.library.register_fake("pycert::relax_rows_backward")
+def _(
+    grad_out,
+    grad_sums,
+    rows,
+    source,
+    negative_from,
+    sample,
+    position,
+    window,
+    extent,
+    lower_slope,
+    lower_intercept,
+    upper_slope,
+    upper_intercept,
+    bias,
+    lower_row,
+    wanted,
+):
+    def like(is_wanted, t):
+        return torch.empty_like(t) if is_wanted and t is not None else None
+
+    return (
+        like(wanted[0], rows),
+        like(wanted[1], lower_slope),
+        like(wanted[1], lower_intercept),
+        like(wanted[2], upper_slope),
+        like(wanted[2], upper_intercept),
+    )
+
+
+@torch.library.register_fake("pycert::relayout_rows_backward")
+def _(grad_out, table_rows, source, negative_from, sample, position, window, to, extent):
+    return grad_out.new_empty(_rows_shape(table_rows, window, extent))
+
+
+@torch.library.register_fake("pycert::ascend_slopes")
+def _(slope, first, second, best, grad, lowest, highest, sample, best_row, improved, step, rate):
+    return None
