@@ -33,7 +33,8 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       concretize_backward<T>,
                                       relayout_backward<T>,
                                       ascend<T>,
-                                      nullptr};
+                                      nullptr,
+                                      false};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }

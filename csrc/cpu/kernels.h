@@ -51,6 +51,7 @@ struct DualProductArgs {
   T* centre;        // [B, N]
   T* spread;        // [B, N]
   int64_t batch, rows, count;
+  const EnclosureArgs<T>* enclosure = nullptr;  // where Kernels::fuses_enclosure: of centre and spread, at once
 };
 
 // y = scale x + term on boxes, widened by kappa (|scale| max|x| + magnitude).
@@ -89,6 +90,7 @@ struct ConvolutionArgs {
   int64_t batch, in_channels, height, width, out_channels, out_height, out_width, kernel_y, kernel_x;
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, groups;
   bool transposed;
+  const EnclosureArgs<T>* enclosure = nullptr;  // as in DualProductArgs
 };
 
 // The box of l_inf balls, cut by [low, high]: core/interval.h, linf_box.
@@ -341,6 +343,7 @@ struct Kernels {
   void (*relayout_backward)(const RelayoutBackwardArgs<T>&);
   void (*ascend)(const AscendArgs<T>&);
   void (*convolve)(const ConvolutionArgs<T>&);  // null: ATen's is faster
+  bool fuses_enclosure;                         // products of boxes also form the enclosure
 };
 
 // The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.

@@ -1,6 +1,7 @@
 // Convolutions, plain and transposed, as implicit matrix products: every product is formed once, in blocks that start
 // from zero, never by a transform. Rows are the output channels of a group, columns the output pixels of all samples.
 #include "core/interval.h"
+#include "cuda/enclosure.cuh"
 #include "cuda/kernels.h"
 #include "cuda/tile.cuh"
 
@@ -64,7 +65,8 @@ struct PixelOperand {
 };
 
 template <typename T, bool kDual>
-__global__ void __launch_bounds__(kThreads) convolution_kernel(const cpu::ConvolutionArgs<T> a) {
+__global__ void __launch_bounds__(kThreads)
+    convolution_kernel(const cpu::ConvolutionArgs<T> a, const Ending<T> ending) {
   using Shape = Tile<T, kDual>;
   const int64_t channels = a.out_channels / a.groups, taps = a.kernel_y * a.kernel_x;
   const int64_t count = a.in_channels / a.groups * taps, pixels = a.out_height * a.out_width;
@@ -77,9 +79,16 @@ __global__ void __launch_bounds__(kThreads) convolution_kernel(const cpu::Convol
                [&](int64_t row, int64_t column, const T(&value)[kDual ? 2 : 1]) {
                  const int64_t sample = column / pixels;
                  if (row >= channels || sample >= a.batch) return;
-                 const int64_t to = (sample * a.out_channels + group * channels + row) * pixels + column % pixels;
-                 a.out[to] = value[0];
-                 if constexpr (kDual) a.spread[to] = value[1];
+                 const int64_t channel = group * channels + row;
+                 const int64_t to = (sample * a.out_channels + channel) * pixels + column % pixels;
+                 if constexpr (kDual) {
+                   T centre = value[0], spread = value[1];
+                   ending.apply(sample, channel, centre, spread);
+                   a.out[to] = centre;
+                   a.spread[to] = spread;
+                 } else {
+                   a.out[to] = value[0];
+                 }
                });
   }
 }
@@ -97,7 +106,7 @@ cudaError_t convolve(const cpu::ConvolutionArgs<T>& a, cudaStream_t stream) {
     return cudaErrorInvalidValue;  // positions within an image are 32-bit
   const int64_t tiles = (channels + height - 1) / height * ((columns + width - 1) / width) * a.groups;
   return launch(dual ? convolution_kernel<T, true> : convolution_kernel<T, false>, blocks_for(tiles, 1), kThreads,
-                stream, a);
+                stream, a, Ending<T>(a.enclosure));
 }
 
 PYCERT_CUDA_INSTANTIATE(convolve, cpu::ConvolutionArgs)

@@ -1,5 +1,6 @@
 // Boxes through affine layers: the elementwise parts, and both products of a few samples.
 #include "core/interval.h"
+#include "cuda/enclosure.cuh"
 #include "cuda/kernels.h"
 #include "cuda/launch.cuh"
 
@@ -74,17 +75,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) enclose_kernel(const cpu::EnclosureArgs<T> a) {
   for_elements(a.batch * a.channels * a.inner, [&](int64_t i) {
     const int64_t row = i / a.inner;
-    const T bias = a.bias == nullptr ? T(0) : a.bias[row % a.channels];
     T centre = a.centre[i], radius = a.radius[i];
-    if (a.sound) {
-      const double sums = a.sums == nullptr ? 0.0 : a.sums[row / a.channels];
-      const T tau = round_up<T>(a.underflow_fixed + a.underflow_scale * sums);
-      enclose_sound(centre, radius, bias, a.bias_charge, a.radius_inflation, tau);
-    } else {
-      const T c = centre + bias, r = radius;
-      centre = c - r;
-      radius = c + r;
-    }
+    enclose_element(a, row / a.channels, row % a.channels, centre, radius);
     a.centre[i] = centre;
     a.radius[i] = radius;
   });
@@ -93,7 +85,8 @@ __global__ void __launch_bounds__(kThreads) enclose_kernel(const cpu::EnclosureA
 // A warp owns a row of W and up to kSamples samples; W is read once for all of them. Lane j sums the products
 // j, j + 32, ..., so that a chain has K / 32 additions and five more across the lanes.
 template <typename T, int kSamples>
-__global__ void __launch_bounds__(kThreads) dual_rows_kernel(const cpu::DualProductArgs<T> a) {
+__global__ void __launch_bounds__(kThreads)
+    dual_rows_kernel(const cpu::DualProductArgs<T> a, const Ending<T> ending, int64_t first) {
   for_rows<kWarp>(a.rows, [&](int64_t n, int lane) {
     T centre[kSamples] = {}, spread[kSamples] = {};
     const T* weight = a.weight + n * a.count;
@@ -108,8 +101,9 @@ __global__ void __launch_bounds__(kThreads) dual_rows_kernel(const cpu::DualProd
     }
 #pragma unroll
     for (int b = 0; b < kSamples; ++b) {
-      const T c = combine<kWarp>(centre[b], Add()), r = combine<kWarp>(spread[b], Add());
+      T c = combine<kWarp>(centre[b], Add()), r = combine<kWarp>(spread[b], Add());
       if (lane == 0) {
+        ending.apply(first + b, n, c, r);
         a.centre[b * a.rows + n] = c;
         a.spread[b * a.rows + n] = r;
       }
@@ -190,7 +184,8 @@ cudaError_t dual_product(const cpu::DualProductArgs<T>& a, cudaStream_t stream) 
     const auto kernel = samples == 4   ? dual_rows_kernel<T, 4>
                         : samples == 2 ? dual_rows_kernel<T, 2>
                                        : dual_rows_kernel<T, 1>;
-    const cudaError_t error = launch(kernel, blocks_for(a.rows, kThreads / kWarp), kThreads, stream, some);
+    const cudaError_t error =
+        launch(kernel, blocks_for(a.rows, kThreads / kWarp), kThreads, stream, some, Ending<T>(a.enclosure), first);
     if (error != cudaSuccess) return error;
     first += samples;
   }

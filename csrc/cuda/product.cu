@@ -1,5 +1,6 @@
 // Matrix products: rows of coefficients times a weight, and W m with |W| r for many samples.
 #include "core/interval.h"
+#include "cuda/enclosure.cuh"
 #include "cuda/kernels.h"
 #include "cuda/tile.cuh"
 
@@ -81,7 +82,8 @@ struct SamplesOperand {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) dual_product_kernel(const cpu::DualProductArgs<T> a) {
+__global__ void __launch_bounds__(kThreads)
+    dual_product_kernel(const cpu::DualProductArgs<T> a, const Ending<T> ending) {
   using Shape = Tile<T, true>;
   const int64_t down = (a.rows + Shape::kRows - 1) / Shape::kRows;
   const int64_t across = (a.batch + Shape::kColumns - 1) / Shape::kColumns;
@@ -91,8 +93,10 @@ __global__ void __launch_bounds__(kThreads) dual_product_kernel(const cpu::DualP
                SamplesOperand<T>{a.mid, a.radius, a.batch, a.count},
                [&](int64_t row, int64_t sample, const T(&value)[2]) {
                  if (row >= a.rows || sample >= a.batch) return;
-                 a.centre[sample * a.rows + row] = value[0];
-                 a.spread[sample * a.rows + row] = value[1];
+                 T centre = value[0], spread = value[1];
+                 ending.apply(sample, row, centre, spread);
+                 a.centre[sample * a.rows + row] = centre;
+                 a.spread[sample * a.rows + row] = spread;
                });
 }
 
@@ -111,7 +115,7 @@ cudaError_t dual_product_many(const cpu::DualProductArgs<T>& a, cudaStream_t str
   using Shape = Tile<T, true>;
   const int64_t tiles =
       (a.rows + Shape::kRows - 1) / Shape::kRows * ((a.batch + Shape::kColumns - 1) / Shape::kColumns);
-  return launch(dual_product_kernel<T>, blocks_for(tiles, 1), kThreads, stream, a);
+  return launch(dual_product_kernel<T>, blocks_for(tiles, 1), kThreads, stream, a, Ending<T>(a.enclosure));
 }
 
 PYCERT_CUDA_INSTANTIATE(product, cpu::ProductArgs)

@@ -40,6 +40,7 @@ struct TableOf {
     t.main.concretize_backward = on_stream<&concretize_backward<T>>;
     t.main.relayout_backward = on_stream<&relayout_backward<T>>;
     t.main.ascend = on_stream<&ascend<T>>;
+    t.main.fuses_enclosure = true;
     using Arguments = cpu::ActivationArguments<T>;
     t.relu_relaxation = Whole<&relu_relaxation<T>, const T*, const T*, Slope, T*, T*, T*, int64_t>::run;
     t.relu_relaxation_backward = Whole<&relu_relaxation_backward<T>, const T*, const T*, Slope, const T*, const T*,

@@ -93,17 +93,22 @@ static int64_t linear_chain(int64_t batch, const Tensor& weight) {
   return (count + lanes - 1) / lanes + 5;  // dual_row: K / lanes additions a strand, then log2(lanes) <= 5
 }
 
-static Box dual_product(const Tensor& weight, const Tensor& mid, const Tensor& radius) {
-  const int64_t batch = mid.size(0), rows = weight.size(0), count = weight.size(1);
+template <typename T>
+static void dual_product_into(const Tensor& weight, const Tensor& mid, const Tensor& radius, const Tensor& centre,
+                              const Tensor& spread, const cpu::EnclosureArgs<T>* enclosure) {
+  const int64_t batch = mid.size(0);
   const Tensor w = weight.contiguous(), m = mid.contiguous(), r = radius.contiguous();
-  Tensor centre = at::empty({batch, rows}, m.options()), spread = at::empty({batch, rows}, m.options());
-  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "linear_products", [&] {
-    const auto on = kernels<scalar_t>(w);
-    const auto product = batch <= kSmallBatch ? on->dual_product : on->dual_product_many;
-    TORCH_CHECK(product != nullptr, "dual_product: no kernel for ", batch, " samples on ", w.device());
-    product({w.const_data_ptr<scalar_t>(), m.const_data_ptr<scalar_t>(), r.const_data_ptr<scalar_t>(),
-             centre.data_ptr<scalar_t>(), spread.data_ptr<scalar_t>(), batch, rows, count});
-  });
+  const auto on = kernels<T>(w);
+  const auto product = batch <= kSmallBatch ? on->dual_product : on->dual_product_many;
+  TORCH_CHECK(product != nullptr, "dual_product: no kernel for ", batch, " samples on ", w.device());
+  product({w.const_data_ptr<T>(), m.const_data_ptr<T>(), r.const_data_ptr<T>(), centre.data_ptr<T>(),
+           spread.data_ptr<T>(), batch, w.size(0), w.size(1), enclosure});
+}
+
+static Box dual_product(const Tensor& weight, const Tensor& mid, const Tensor& radius) {
+  Tensor centre = at::empty({mid.size(0), weight.size(0)}, mid.options()), spread = at::empty_like(centre);
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "linear_products",
+                             [&] { dual_product_into<scalar_t>(weight, mid, radius, centre, spread, nullptr); });
   return {centre, spread};
 }
 
@@ -164,52 +169,76 @@ static bool has_own_convolution(const Tensor& like) {
                                           : device_kernels<double>(like.device()).main.convolve != nullptr;
 }
 
-// By the device's own kernel: W input, and |W| radius where there is one (else an empty tensor).
-static Box own_convolution(const Tensor& input, const OptionalTensor& radius, const Tensor& weight,
-                           at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                           at::IntArrayRef output_padding, int64_t groups) {
-  const Tensor x = input.contiguous(), r = radius.has_value() ? radius->contiguous() : Tensor(),
-               w = weight.contiguous();
+// Sizes and geometry of a convolution; pointers are left out.
+template <typename T>
+static cpu::ConvolutionArgs<T> convolution_args(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
   const auto size = [&](size_t axis) {
-    const int64_t in = x.size(int64_t(axis) + 2), reach = dilation[axis] * (w.size(int64_t(axis) + 2) - 1);
-    if (transposed) return (in - 1) * stride[axis] - 2 * padding[axis] + reach + output_padding[axis] + 1;
-    return (in + 2 * padding[axis] - reach - 1) / stride[axis] + 1;
+    const int64_t in = x.size(int64_t(axis) + 2), reach = g.dilation[axis] * (w.size(int64_t(axis) + 2) - 1);
+    if (g.transposed) return (in - 1) * g.stride[axis] - 2 * g.padding[axis] + reach + g.output_padding[axis] + 1;
+    return (in + 2 * g.padding[axis] - reach - 1) / g.stride[axis] + 1;
   };
-  TORCH_CHECK(has_own_convolution(x), "convolution: no kernel of its own on ", x.device());
-  const int64_t out_channels = transposed ? w.size(1) * groups : w.size(0);
-  Tensor out = at::empty({x.size(0), out_channels, size(0), size(1)}, x.options());
-  Tensor spread = r.defined() ? at::empty_like(out) : at::empty({0}, x.options());
+  cpu::ConvolutionArgs<T> a{};
+  std::tie(a.batch, a.in_channels, a.height, a.width) = std::tuple(x.size(0), x.size(1), x.size(2), x.size(3));
+  a.out_channels = g.transposed ? w.size(1) * g.groups : w.size(0);
+  std::tie(a.out_height, a.out_width) = std::tuple(size(0), size(1));
+  std::tie(a.kernel_y, a.kernel_x) = std::tuple(w.size(2), w.size(3));
+  std::tie(a.stride_y, a.stride_x) = std::tuple(g.stride[0], g.stride[1]);
+  std::tie(a.padding_y, a.padding_x) = std::tuple(g.padding[0], g.padding[1]);
+  std::tie(a.dilation_y, a.dilation_x) = std::tuple(g.dilation[0], g.dilation[1]);
+  a.groups = g.groups;
+  a.transposed = g.transposed;
+  return a;
+}
+
+// By the device's own kernel: W input, and |W| radius where there is one (else an empty tensor). `finish` completes
+// the arguments, outputs included, before the launch.
+template <typename Finish>
+static Box own_convolution(const Tensor& input, const Tensor& radius, const Tensor& weight, const ConvGeometry& g,
+                           const Finish& finish) {
+  TORCH_CHECK(has_own_convolution(input), "convolution: no kernel of its own on ", input.device());
+  const Tensor x = input.contiguous(), r = radius.defined() ? radius.contiguous() : Tensor(), w = weight.contiguous();
+  Tensor out, spread;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "convolution", [&] {
-    kernels<scalar_t>(x)->convolve({x.const_data_ptr<scalar_t>(),
-                                    r.defined() ? r.const_data_ptr<scalar_t>() : nullptr,
-                                    w.const_data_ptr<scalar_t>(),
-                                    out.data_ptr<scalar_t>(),
-                                    r.defined() ? spread.data_ptr<scalar_t>() : nullptr,
-                                    x.size(0),
-                                    x.size(1),
-                                    x.size(2),
-                                    x.size(3),
-                                    out_channels,
-                                    size(0),
-                                    size(1),
-                                    w.size(2),
-                                    w.size(3),
-                                    stride[0],
-                                    stride[1],
-                                    padding[0],
-                                    padding[1],
-                                    dilation[0],
-                                    dilation[1],
-                                    groups,
-                                    transposed});
+    auto a = convolution_args<scalar_t>(x, w, g);
+    out = at::empty({a.batch, a.out_channels, a.out_height, a.out_width}, x.options());
+    spread = r.defined() ? at::empty_like(out) : at::empty({0}, x.options());
+    a.input = x.const_data_ptr<scalar_t>();
+    a.weight = w.const_data_ptr<scalar_t>();
+    a.out = out.data_ptr<scalar_t>();
+    if (r.defined()) {
+      a.radius = r.const_data_ptr<scalar_t>();
+      a.spread = spread.data_ptr<scalar_t>();
+    }
+    const auto enclosure = finish(a, out, spread);
+    a.enclosure = enclosure.has_value() ? &*enclosure : nullptr;
+    kernels<scalar_t>(x)->convolve(a);
   });
   return {out, spread};
+}
+
+static ConvGeometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                bool transposed, at::IntArrayRef output_padding, int64_t groups) {
+  const auto pair = [](at::IntArrayRef v) { return v.size() == 1 ? Pair{v[0], v[0]} : Pair{v[0], v[1]}; };
+  return {pair(stride), pair(padding), pair(dilation), pair(output_padding), groups, transposed};
+}
+
+template <typename T>
+static std::optional<cpu::EnclosureArgs<T>> plain_ending(const cpu::ConvolutionArgs<T>&) {
+  return std::nullopt;
+}
+
+static Box convolution(const Tensor& input, const OptionalTensor& radius, const Tensor& weight, at::IntArrayRef stride,
+                       at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                       at::IntArrayRef output_padding, int64_t groups) {
+  const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
+  return own_convolution(input, value_or_empty(radius), weight, g,
+                         [](const auto& a, const Tensor&, const Tensor&) { return plain_ending(a); });
 }
 
 static Box call_own_convolution(const Tensor& input, const OptionalTensor& radius, const Tensor& weight,
                                 const ConvGeometry& g) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("pycert::convolution", "").typed<decltype(own_convolution)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("pycert::convolution", "").typed<decltype(convolution)>();
   return op.call(input, radius, weight, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups);
 }
 
@@ -324,29 +353,46 @@ Prepared prepare_boxes(const Tensor& lower, const Tensor& upper, const Charges& 
   return p;
 }
 
-// centre and radius products become lower and upper, in place; channels on dimension 1.
+// How the products of boxes become lower and upper end, for outputs [batch, channels, inner].
+template <typename T>
+cpu::EnclosureArgs<T> enclosure_of(const Tensor& centre, const Tensor& radius, const Tensor& bias, const Tensor& sums,
+                                   const Charges& c, int64_t batch, int64_t channels) {
+  const double tiny = enabled(Term::Underflow) ? std::numeric_limits<T>::min() : 0;
+  return {centre.data_ptr<T>(),
+          radius.data_ptr<T>(),
+          bias.defined() ? bias.const_data_ptr<T>() : nullptr,
+          sums.defined() ? sums.const_data_ptr<double>() : nullptr,
+          batch,
+          channels,
+          batch * channels == 0 ? 0 : centre.numel() / (batch * channels),
+          c.sound && enabled(Term::Bias) ? up<T>(c.own + c.deployed) : T(0),
+          c.sound && c.radius_inflation > 1 ? up<T>(c.radius_inflation) : T(1),
+          tiny * (2 * c.terms + 2),
+          tiny,
+          c.sound};
+}
+
+// In place; channels on dimension 1.
 Box enclose(Tensor centre, Tensor radius, const OptionalTensor& bias, const Tensor& sums, const Charges& c) {
   centre = centre.contiguous();
   radius = radius.contiguous();
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
-  const int64_t batch = centre.size(0), channels = centre.size(1);
   AT_DISPATCH_FLOATING_TYPES(centre.scalar_type(), "interval_affine", [&] {
-    const double tiny = enabled(Term::Underflow) ? std::numeric_limits<scalar_t>::min() : 0;
-    cpu::EnclosureArgs<scalar_t> a{centre.data_ptr<scalar_t>(),
-                                   radius.data_ptr<scalar_t>(),
-                                   b.defined() ? b.const_data_ptr<scalar_t>() : nullptr,
-                                   sums.defined() ? sums.const_data_ptr<double>() : nullptr,
-                                   batch,
-                                   channels,
-                                   batch * channels == 0 ? 0 : centre.numel() / (batch * channels),
-                                   c.sound && enabled(Term::Bias) ? up<scalar_t>(c.own + c.deployed) : scalar_t(0),
-                                   c.sound && c.radius_inflation > 1 ? up<scalar_t>(c.radius_inflation) : scalar_t(1),
-                                   tiny * (2 * c.terms + 2),
-                                   tiny,
-                                   c.sound};
-    kernels<scalar_t>(centre)->enclose(a);
+    kernels<scalar_t>(centre)->enclose(
+        enclosure_of<scalar_t>(centre, radius, b, sums, c, centre.size(0), centre.size(1)));
   });
   return {centre, radius};
+}
+
+template <typename T>
+std::optional<cpu::EnclosureArgs<T>> ending(const cpu::ConvolutionArgs<T>& a, const Tensor& low, const Tensor& high,
+                                            const Tensor& bias, const Tensor& sums, const Charges& c) {
+  return enclosure_of<T>(low, high, bias, sums, c, a.batch, a.out_channels);
+}
+
+bool fuses_enclosure(const Tensor& like) {
+  return like.scalar_type() == at::kFloat ? device_kernels<float>(like.device()).main.fuses_enclosure
+                                          : device_kernels<double>(like.device()).main.fuses_enclosure;
 }
 
 Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
@@ -364,17 +410,23 @@ Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   c.vector = true;
   const Prepared p = prepare_boxes(lower, upper, c, batch);
   const Tensor mid = p.mid.view({batch, count}), radius = p.radius.view({batch, count});
-  auto [centre, spread] = linear_products(weight, mid, radius, true);
-  auto [out_lower, out_upper] = enclose(centre, spread, bias, p.sums, c);
+  Box out;
+  if (fuses_enclosure(weight)) {
+    out = {at::empty({batch, rows}, mid.options()), at::empty({batch, rows}, mid.options())};
+    const auto& [lowest, highest] = out;
+    const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
+    AT_DISPATCH_FLOATING_TYPES(mid.scalar_type(), "interval_linear", [&] {
+      const auto enclosure = enclosure_of<scalar_t>(lowest, highest, b, p.sums, c, batch, rows);
+      dual_product_into<scalar_t>(weight, mid, radius, lowest, highest, &enclosure);
+    });
+  } else {
+    const auto [centre, spread] = linear_products(weight, mid, radius, true);
+    out = enclose(centre, spread, bias, p.sums, c);
+  }
+  const auto& [out_lower, out_upper] = out;
   auto shape = lower.sizes().vec();
   shape.back() = rows;
   return {out_lower.view(shape), out_upper.view(shape)};
-}
-
-ConvGeometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                         at::IntArrayRef output_padding, int64_t groups) {
-  const auto pair = [](at::IntArrayRef v) { return v.size() == 1 ? Pair{v[0], v[0]} : Pair{v[0], v[1]}; };
-  return {pair(stride), pair(padding), pair(dilation), pair(output_padding), groups, transposed};
 }
 
 Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
@@ -394,9 +446,11 @@ Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   const int64_t terms = per_group * weight.size(2) * weight.size(3);
   const Charges c = charges_for(terms + 1, terms, Soundness(soundness), extra_terms, lower.scalar_type());
   const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
-  if (has_own_convolution(p.mid)) {
-    const auto [centre, spread] = call_own_convolution(p.mid, p.radius, weight, g);
-    return enclose(centre, spread, bias, p.sums, c);
+  if (fuses_enclosure(p.mid)) {
+    const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
+    return own_convolution(p.mid, p.radius, weight, g, [&](const auto& a, const Tensor& low, const Tensor& high) {
+      return ending(a, low, high, b, p.sums, c);
+    });
   }
   return enclose(direct_conv2d(p.mid, weight, g), direct_conv2d(p.radius, weight.abs(), g), bias, p.sums, c);
 }
@@ -779,7 +833,7 @@ static void register_interval(torch::Library& m) {
   m.impl("interval_scale", scale_cpu);
   m.impl("interval_add", add_cpu);
   m.impl("dual_product", dual_product);
-  m.impl("convolution", own_convolution);
+  m.impl("convolution", convolution);
 }
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_interval(m); }
 TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_interval(m); }
