@@ -12,7 +12,11 @@ from torch.nn import functional
 
 from . import isolate, libraries, nets, timing
 
-PASSES = ("bounds", "gradients", "step")
+PASSES = ("bounds", "gradients", "step", "fused")
+FUSED = ("crown-ibp", "crown")
+#: The pass a library is timed in where pycert's loss is fused: auto_LiRPA 0.7's own fusion needs an operator that
+#: it cannot trace with torch 2.13 (onnx::OneHot).
+FUSED_BY = {"pycert_none": "fused", "auto_LiRPA": "step"}
 CLASSES = 10
 
 
@@ -22,7 +26,9 @@ def add_arguments(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--batches", help="batch sizes, as 1,32 (default: each network's own)")
     parser.add_argument("--methods", default=",".join(libraries.METHODS))
     parser.add_argument(
-        "--passes", default=",".join(PASSES), help="bounds, gradients of them, certified-training step"
+        "--passes",
+        default=",".join(PASSES),
+        help="bounds, gradients of them, certified-training step, the same by one row a sample",
     )
     parser.add_argument("--libraries", default=",".join(libraries.LIBRARIES))
     parser.add_argument(
@@ -90,11 +96,16 @@ def measure(
     module, x, eps = nets.make(net, batch)
     built, missing = build(names, module, x, method)
     for each in passes:
+        if each == "fused" and method not in FUSED:
+            continue
         calls = plain(module, x)
         if each == "bounds":
             del calls["training"]
         for name, library in built.items():
-            calls[name] = pass_of(library, module, x, eps, each)
+            if each != "fused":
+                calls[name] = pass_of(library, module, x, eps, each)
+            elif name in FUSED_BY:
+                calls[name] = pass_of(library, module, x, eps, FUSED_BY[name])
         yield {
             "pass": each,
             "threads": threads,
@@ -136,7 +147,7 @@ def plain(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def pass_of(library: Any, module: nn.Module, x: Tensor, eps: float, each: str) -> Callable[[], Any]:
-    """What is timed: ``bounds`` without gradients, ``gradients`` of their width, or a training ``step``."""
+    """What is timed: ``bounds`` without gradients, ``gradients`` of their width, a training step or a fused one."""
     labels = torch.arange(len(x)) % CLASSES
     zeros = torch.zeros(len(x), dtype=torch.long)
     parameters = list(module.parameters())
@@ -156,7 +167,11 @@ def pass_of(library: Any, module: nn.Module, x: Tensor, eps: float, each: str) -
         scores = torch.cat([torch.zeros_like(margins[:, :1]), -margins], dim=1)
         functional.cross_entropy(scores, zeros).backward()
 
-    return {"bounds": bounds, "gradients": gradients, "step": step}[each]
+    def fused() -> None:
+        clear(parameters)
+        library.fused_loss(x, eps, labels).backward()
+
+    return {"bounds": bounds, "gradients": gradients, "step": step, "fused": fused}[each]
 
 
 def clear(parameters: list[nn.Parameter]) -> None:
@@ -230,11 +245,13 @@ def tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "bounds": "Lower and upper bounds of all outputs, no gradients",
         "gradients": "The same with the gradients of the total width",
         "step": "Certified-training step: nine margins, lower side, cross entropy, gradients",
+        "fused": "Certified-training step of one row a sample (loss fusion); auto_LiRPA: nine margins, as above",
     }
     columns = [
         "net", "batch", "method", "forward ms", "training ms",
         "pycert ms", "none ms", "auto_LiRPA ms", "torch_ibp ms",
-        "pycert x forward", "auto_LiRPA x forward", "pycert / auto_LiRPA", "pycert / torch_ibp",
+        "pycert x forward", "auto_LiRPA x forward", "none x training", "auto_LiRPA x training",
+        "torch_ibp x training", "pycert / auto_LiRPA", "pycert / torch_ibp",
         "none / auto_LiRPA", "none / torch_ibp", "width / auto_LiRPA", "pycert MiB", "auto_LiRPA MiB", "busy",
     ]  # fmt: skip
     made = []
@@ -260,6 +277,11 @@ def table_row(row: dict[str, Any]) -> dict[str, Any]:
     if "auto_LiRPA" in row["seconds"]:
         both = row["seconds"]["auto_LiRPA"]["median"], row["seconds"]["forward"]["median"]
         line["auto_LiRPA x forward"] = both[0] / both[1]
+    if row["pass"] in ("step", "fused"):
+        once = row["seconds"]["training"]["median"]
+        for name in ("pycert_none", "auto_LiRPA", "torch_ibp"):
+            if name in row["seconds"]:
+                line[f"{names.get(name, name)} x training"] = row["seconds"][name]["median"] / once
     widths = row.get("widths", {})
     if row["method"] == libraries.OPTIMIZED and "auto_LiRPA" in widths:
         line["width / auto_LiRPA"] = widths["pycert_none"] / widths["auto_LiRPA"]

@@ -53,6 +53,10 @@ class Pycert:
         region = self.pycert.LpBall(x, eps=eps)
         return self.pycert.margins(self.bounded, region, labels, method=self.method, **self.options)
 
+    def fused_loss(self, x: Tensor, eps: float, labels: Tensor) -> Tensor:
+        region = self.pycert.LpBall(x, eps=eps)
+        return self.pycert.train.fused_loss(self.bounded, region, labels, self.method)
+
 
 class AutoLirpa:
     """auto_LiRPA with its defaults; slopes are optimised with as many steps as pycert's."""

@@ -188,6 +188,14 @@ py::tuple bound(const Program& program, std::vector<at::Tensor> params, const st
                         optional_tensor(result.c_upper));
 }
 
+at::Tensor loss_bound(const Program& program, std::vector<at::Tensor> params, const std::vector<RegionTuple>& regions,
+                      Options options, const SpecTuple& spec) {
+  Call call = call_of(std::move(params), regions, std::move(options), spec);
+  py::gil_scoped_release release;
+  Context context(program, std::move(call.params), std::move(call.regions), std::move(call.options));
+  return context.loss_bound(*call.spec);
+}
+
 std::vector<std::tuple<int64_t, at::Tensor, at::Tensor>> layer_bounds(const Program& program,
                                                                       std::vector<at::Tensor> params,
                                                                       const std::vector<RegionTuple>& regions,
@@ -261,7 +269,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<Options>(m, "Options")
       .def(py::init([](int64_t method, int64_t slope, int64_t soundness, int64_t side, bool intersect,
-                       bool return_linear, int64_t memory, std::vector<bool> training, int64_t iterations,
+                       bool return_linear, bool fast, int64_t memory, std::vector<bool> training, int64_t iterations,
                        double learning_rate, bool shared, bool intermediate, double threshold) {
              Options o;
              o.method = engine::Method(method);
@@ -270,13 +278,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              o.side = engine::Side(side);
              o.intersect = intersect;
              o.return_linear = return_linear;
+             o.fast = fast;
              o.memory = memory;
              o.training = std::move(training);
              o.ascent = {iterations, learning_rate, shared, intermediate, threshold};
              return o;
            }),
            py::arg("method"), py::arg("slope"), py::arg("soundness"), py::arg("side"), py::arg("intersect"),
-           py::arg("return_linear"), py::arg("memory"), py::arg("training"), py::arg("iterations"),
+           py::arg("return_linear"), py::arg("fast"), py::arg("memory"), py::arg("training"), py::arg("iterations"),
            py::arg("learning_rate"), py::arg("shared"), py::arg("intermediate"), py::arg("threshold"))
       .def("set_custom", [](Options& o, py::function lines, py::function interval) {
         o.custom_lines = lines_callback(std::move(lines));
@@ -291,6 +300,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            }),
            py::arg("nodes"), py::arg("output"))
       .def("bound", &bound, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
+      .def("loss_bound", &loss_bound, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
       .def("layer_bounds", &layer_bounds, py::arg("params"), py::arg("regions"), py::arg("options"))
       .def("estimate", &estimate, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))
       .def_property_readonly("preactivations", &Program::preactivations);

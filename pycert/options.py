@@ -17,7 +17,7 @@ from pycert.ops.relaxation import SLOPES
 METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward")
 SOUNDNESS = ("none", "real", "deployed")
 SIDES = ("both", "lower", "upper")
-PRECISIONS = ("exact",)
+PRECISIONS = ("exact", "fast")
 #: Whose intermediate bounds ``"alpha-crown"`` rests on; with its own name they are optimised too.
 INTERMEDIATES = ("crown-ibp", "crown", "alpha-crown")
 ALPHAS = ("per spec", "shared")

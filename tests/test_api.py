@@ -575,7 +575,7 @@ print(bool((lower <= bm(few.x)).all() and (bm(few.x) <= upper).all()))
         (dict(slope="steep"), r"slope must be one of 'adaptive', 'parallel', 'zero', 'one', got 'steep'"),
         (dict(side="left"), r"side must be one of 'both', 'lower', 'upper', got 'left'"),
         (dict(soundness=True), r"soundness must be one of 'none', 'real', 'deployed', got True"),
-        (dict(precision="double"), r"precision must be one of 'exact'"),
+        (dict(precision="double"), r"precision must be one of 'exact', 'fast'"),
         (dict(intersect="no"), r"intersect must be True or False, got 'no'"),
         (dict(memory="lots"), r"memory must be bytes or text such as '2GiB'"),
         (dict(memory="lots", method="ibp"), r"memory must be bytes or text such as '2GiB'"),

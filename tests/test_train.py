@@ -70,6 +70,55 @@ def test_the_certified_loss_bounds_the_loss_of_every_attack(method):
     assert all(bool((parameter.grad != 0).any()) for parameter in net.parameters())
 
 
+@pytest.mark.parametrize("method", ["fastlin", "crown-ibp", "crown"])
+@pytest.mark.parametrize("eps", [0.0, 0.1, 2.0, 50.0])
+def test_the_fused_loss_bounds_the_loss_of_every_attack(method, eps):
+    net = small_net().double()
+    x, y = blobs(30)
+    x = x.double()
+    region = pycert.LpBall(x, eps=eps)
+    bm = pycert.BoundedModule(net, x[:1])
+    bound = train.fused_loss(bm, region, y, method, reduction="none")
+    assert bound.isfinite().all()
+    corners = x + eps * (2 * torch.randint(0, 2, (50, *x.shape)) - 1)
+    for inputs in (pgd(net, region, y, loss="cross-entropy", early_stop=False).inputs, *corners):
+        assert (functional.cross_entropy(net(inputs), y, reduction="none") <= bound + 1e-12).all()
+    torch.testing.assert_close(train.fused_loss(bm, region, y, method), bound.mean())
+    if eps == 0:
+        torch.testing.assert_close(bound, functional.cross_entropy(net(x), y, reduction="none"))
+
+
+def test_the_fused_loss_has_the_gradient_of_differences():
+    net = small_net().double()
+    x, y = blobs(6)
+    bm, region = pycert.BoundedModule(net, x[:1].double()), pycert.LpBall(x.double(), eps=0.1)
+    train.fused_loss(bm, region, y).backward()
+    for parameter in net.parameters():
+        at, step = parameter.grad.abs().argmax(), 1e-6
+        with torch.no_grad():
+            flat = parameter.view(-1)
+            kept = flat[at].clone()
+            flat[at] = kept + step
+            above = train.fused_loss(bm, region, y)
+            flat[at] = kept - step
+            below = train.fused_loss(bm, region, y)
+            flat[at] = kept
+        torch.testing.assert_close(
+            parameter.grad.view(-1)[at], (above - below) / (2 * step), rtol=1e-4, atol=1e-8
+        )
+
+
+def test_the_fused_loss_names_what_it_does_not_take():
+    net, (x, y) = small_net(), blobs(4)
+    bm, region = pycert.BoundedModule(net, x[:1]), pycert.LpBall(x, eps=0.1)
+    with pytest.raises(ValueError, match="method must be one of 'crown-ibp', 'fastlin', 'crown', got 'ibp'"):
+        train.fused_loss(bm, region, y, "ibp")
+    with pytest.raises(ValueError, match="reduction must be"):
+        train.fused_loss(bm, region, y, reduction="max")
+    with pytest.raises(ValueError, match="y must hold classes"):
+        train.fused_loss(bm, region, y + 100)
+
+
 def test_beta_mixes_the_margins():
     net, (x, y) = small_net(), blobs(10)
     bm, region = pycert.BoundedModule(net, x[:1]), pycert.LpBall(x, eps=0.05)

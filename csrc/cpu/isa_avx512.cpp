@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "core/backsub.h"
@@ -29,7 +30,9 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 #include "cpu/backsub_loops.h"
 #include "cpu/charge_loops.h"
 #include "cpu/interval_loops.h"
+#include "cpu/registers.h"
 #include "cpu/product_loops.h"
+#include "cpu/convolution_loops.h"
 #include "cpu/isa_table.h"
 
 }  // namespace pycert::cpu::avx512

@@ -3,10 +3,14 @@
 template <typename T>
 inline constexpr auto kProduct = product<T>;
 template <typename T>
+inline constexpr auto kConvolveRows = convolve_rows<T>;
+template <typename T>
 inline constexpr auto kDualProductMany = dual_product_many<T>;
 #else
 template <typename T>
 inline constexpr void (*kProduct)(const ProductArgs<T>&) = nullptr;
+template <typename T>
+inline constexpr void (*kConvolveRows)(const ConvolutionArgs<T>&) = nullptr;
 template <typename T>
 inline constexpr void (*kDualProductMany)(const DualProductArgs<T>&) = nullptr;
 #endif
@@ -24,6 +28,7 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       charge<T>,
                                       kDualProductMany<T>,
                                       kProduct<T>,
+                                      kConvolveRows<T>,
                                       interleave<T>,
                                       relax<T>,
                                       dot<T>,

@@ -22,6 +22,11 @@ PYCERT_DECLARE_ISA(avx2)
 PYCERT_DECLARE_ISA(avx512)
 #endif
 #undef PYCERT_DECLARE_ISA
+#ifdef PYCERT_X86_DISPATCH
+namespace bf16 {
+void convolve_radius(const ConvolutionArgs<float>& a);
+}
+#endif
 
 namespace {
 
@@ -70,5 +75,13 @@ const Kernels<double>& kernels<double>() {
 }
 
 const char* instruction_set() { return choice().name; }
+
+RadiusKernel fast_radius() {
+#ifdef PYCERT_X86_DISPATCH
+  static const bool has = choice().for_float == &avx512::float_kernels() && __builtin_cpu_supports("avx512bf16");
+  if (has) return bf16::convolve_radius;
+#endif
+  return nullptr;
+}
 
 }  // namespace pycert::cpu

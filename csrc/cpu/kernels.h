@@ -81,7 +81,7 @@ struct AddArgs {
 
 // Both products of a convolution, or one of them: every product formed once, in blocks of kProductBlock.
 template <typename T>
-struct ConvolutionArgs {
+struct DualConvolutionArgs {
   const T* input;   // [B, C, H, W]
   const T* radius;  // [B, C, H, W], multiplied by |W|, or null
   const T* weight;  // [O, C / groups, kernel]; transposed: [C, O / groups, kernel]
@@ -172,6 +172,28 @@ struct ProductArgs {
 };
 
 inline constexpr int64_t kProductBlock = 32;
+
+// One axis of a convolution. Output x meets inputs x * stride - padding + tap * dilation; transposed: inputs i with
+// x = i * stride - padding + tap * dilation.
+struct ConvolutionGeometry {
+  int64_t stride, padding, dilation;
+  bool transposed;
+};
+
+// Rows of images through a convolution without bias (convolution_loops.h).
+template <typename T>
+struct ConvolutionArgs {
+  const T* in;      // [rows, groups * inner, in_height, in_width]
+  const T* weight;  // element (group, inner, outer, tap) at the strides below, taps next to each other
+  T* out;           // [rows, groups * outer, out_height, out_width]
+  int64_t rows, groups, inner, outer;
+  int64_t in_height, in_width, out_height, out_width, tap_height, tap_width;
+  int64_t weight_group, weight_inner, weight_outer;
+  ConvolutionGeometry vertical, horizontal;
+  int64_t segments;               // runs of rows whose zeros are likely the same
+  const int64_t* segment_starts;  // [segments + 1]
+  bool absolute;                  // |weight|
+};
 
 // Phases of a strided transposed convolution back into images, cut to size: pixel (y, x) is that of phase
 // ((y + top) % stride_y, (x + left) % stride_x).
@@ -333,6 +355,7 @@ struct Kernels {
   void (*charge)(const ChargeArgs<T>&);
   void (*dual_product_many)(const DualProductArgs<T>&);  // blocks of kProductBlock; null: ATen's is faster
   void (*product)(const ProductArgs<T>&);                // null: ATen's is faster
+  void (*convolve_rows)(const ConvolutionArgs<T>&);      // null with `product`
   void (*interleave)(const InterleaveArgs<T>&);
   void (*relax)(const RelaxArgs<T>&);
   void (*dot)(const DotArgs<T>&);
@@ -342,8 +365,8 @@ struct Kernels {
   void (*concretize_backward)(const ConcretizeBackwardArgs<T>&);
   void (*relayout_backward)(const RelayoutBackwardArgs<T>&);
   void (*ascend)(const AscendArgs<T>&);
-  void (*convolve)(const ConvolutionArgs<T>&);  // null: ATen's is faster
-  bool fuses_enclosure;                         // products of boxes also form the enclosure
+  void (*convolve)(const DualConvolutionArgs<T>&);  // null: ATen's is faster
+  bool fuses_enclosure;                             // products of boxes also form the enclosure
 };
 
 // The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.
@@ -351,5 +374,10 @@ template <typename T>
 const Kernels<T>& kernels();
 
 const char* instruction_set();
+
+// |weight| times rows that are not negative, both in bfloat16 rounded up, sums in float32 (two roundings a product at
+// most); null where the processor has no such products.
+using RadiusKernel = void (*)(const ConvolutionArgs<float>&);
+RadiusKernel fast_radius();
 
 }  // namespace pycert::cpu

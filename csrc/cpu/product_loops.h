@@ -4,23 +4,6 @@
 // The sum over K is cut into blocks of kProductBlock products that start from zero in registers; the block sums are
 // added one after another. A chain then has kProductBlock + K / kProductBlock roundings, however long the row.
 
-#if PYCERT_LANES == 8
-inline constexpr int kTileRows = 12;
-PYCERT_INLINE __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-PYCERT_INLINE __m512d fused(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
-#elif PYCERT_LANES == 4
-inline constexpr int kTileRows = 6;
-PYCERT_INLINE __m256 fused(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-PYCERT_INLINE __m256d fused(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
-#endif
-
-template <typename T>
-struct RegisterOf {
-  typedef T Type __attribute__((vector_size(kStrands * sizeof(double))));
-};
-template <typename T>
-using Register = typename RegisterOf<T>::Type;
-
 template <typename T>
 inline constexpr int64_t kTileColumns = 2 * sizeof(Register<T>) / sizeof(T);
 
@@ -88,38 +71,56 @@ PYCERT_INLINE void product_rest(int64_t rows, const T* a, int64_t a_stride, cons
   }
 }
 
+// Columns [first, first + panels * kTileColumns) of one segment. Several panels are packed at once where the rows are
+// few: memory is then read in long runs.
 template <typename T>
-void product_panel(const ProductArgs<T>& p, int64_t segment, int64_t first, std::vector<T>& panel) {
+void product_panels(const ProductArgs<T>& p, int64_t segment, int64_t first, int64_t panels, std::vector<T>& packed) {
   constexpr int64_t kColumns = kTileColumns<T>, kDepth = 8 * kProductBlock;
-  const int64_t from = p.rows[segment], to = p.rows[segment + 1], columns = std::min(kColumns, p.columns - first);
+  const int64_t from = p.rows[segment], to = p.rows[segment + 1];
   const int64_t* index = p.live == nullptr ? nullptr : p.live + p.starts[segment];
   const int64_t total = p.live == nullptr ? p.inner : p.starts[segment + 1] - p.starts[segment];
-  panel.resize(size_t(kDepth * kColumns));
+  packed.resize(size_t(panels * kDepth * kColumns));
   for (int64_t k = 0; k < total || k == 0; k += kDepth) {
     const int64_t count = std::min(kDepth, total - k);
     for (int64_t j = 0; j < count; ++j) {
-      const T* b = p.b + (index == nullptr ? k + j : index[k + j]) * p.columns + first;
-      T* packed = panel.data() + j * kColumns;
-      std::fill(std::copy(b, b + columns, packed), packed + kColumns, T(0));
+      const T* b = p.b + (index == nullptr ? k + j : index[k + j]) * p.columns;
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t column = first + panel * kColumns, columns = std::min(kColumns, p.columns - column);
+        T* at = packed.data() + (panel * kDepth + j) * kColumns;
+        if (columns == kColumns)
+          __builtin_memcpy(at, b + column, kColumns * sizeof(T));
+        else
+          std::fill(std::copy(b + column, b + column + columns, at), at + kColumns, T(0));
+      }
     }
     const int64_t shift = index == nullptr ? k : 0;
     const int64_t* here = index == nullptr ? nullptr : index + k;
-    int64_t row = from;
-    for (; row + kTileRows <= to; row += kTileRows)
-      product_strip<kTileRows>(p.a + row * p.inner + shift, p.inner, panel.data(), here, count,
-                               p.c + row * p.columns + first, p.columns, columns, k > 0);
-    product_rest<kTileRows - 1>(to - row, p.a + row * p.inner + shift, p.inner, panel.data(), here, count,
-                                p.c + row * p.columns + first, p.columns, columns, k > 0);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const T* b = packed.data() + panel * kDepth * kColumns;
+      const int64_t column = first + panel * kColumns, columns = std::min(kColumns, p.columns - column);
+      int64_t row = from;
+      for (; row + kTileRows <= to; row += kTileRows)
+        product_strip<kTileRows>(p.a + row * p.inner + shift, p.inner, b, here, count, p.c + row * p.columns + column,
+                                 p.columns, columns, k > 0);
+      product_rest<kTileRows - 1>(to - row, p.a + row * p.inner + shift, p.inner, b, here, count,
+                                  p.c + row * p.columns + column, p.columns, columns, k > 0);
+    }
   }
 }
 
 template <typename T>
 void product(const ProductArgs<T>& p) {
+  constexpr int64_t kFewRows = 64, kPanels = 8;
   const int64_t panels = (p.columns + kTileColumns<T> - 1) / kTileColumns<T>;
-  at::parallel_for(0, p.segments * panels, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> panel;
-    for (int64_t task = begin; task < end; ++task)
-      product_panel(p, task / panels, task % panels * kTileColumns<T>, panel);
+  const int64_t spare = panels * p.segments / (4 * at::get_num_threads());  // panels a task, with work for all threads
+  const int64_t group = p.rows[p.segments] > kFewRows * p.segments ? 1 : std::max<int64_t>(1, std::min(kPanels, spare));
+  const int64_t groups = (panels + group - 1) / group;
+  at::parallel_for(0, p.segments * groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> packed;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % groups * group;
+      product_panels(p, task / groups, first * kTileColumns<T>, std::min(group, panels - first), packed);
+    }
   });
 }
 
@@ -176,15 +177,11 @@ PYCERT_INLINE void dual_tile(const T* weight, int64_t stride, const T* packed, i
 template <int J, typename T>
 void dual_group(const DualProductArgs<T>& a, int64_t first, int64_t samples, std::vector<T>& packed) {
   constexpr int64_t kWidth = sizeof(Register<T>) / sizeof(T), kSamples = J * kWidth, R = kDualRows<J>;
-  packed.assign(size_t(a.count * 2 * kSamples), T(0));
+  packed.resize(size_t(a.count * 2 * kSamples));
   at::parallel_for(0, a.count, 1 + 8192 / samples, [&](int64_t begin, int64_t end) {
-    for (int64_t b = 0; b < samples; ++b) {
-      const T *mid = a.mid + (first + b) * a.count, *radius = a.radius + (first + b) * a.count;
-      for (int64_t k = begin; k < end; ++k) {
-        packed[size_t(k * 2 * kSamples + b)] = mid[k];
-        packed[size_t((k * 2 + 1) * kSamples + b)] = radius[k];
-      }
-    }
+    for (int64_t part = 0; part < 2; ++part)
+      transpose_block((part == 0 ? a.mid : a.radius) + first * a.count + begin, a.count, samples, end - begin,
+                      packed.data() + (begin * 2 + part) * kSamples, 2 * kSamples, kSamples);
   });
   const int64_t strips = (a.rows + R - 1) / R;
   at::parallel_for(0, strips, 1 + 65536 / (a.count * R * J), [&](int64_t begin, int64_t end) {

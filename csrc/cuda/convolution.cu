@@ -13,7 +13,7 @@ namespace {
 template <typename T>
 struct WeightOperand {
   static constexpr bool kContiguous = true;
-  const cpu::ConvolutionArgs<T>& a;
+  const cpu::DualConvolutionArgs<T>& a;
   int64_t group, channels, count, taps;
   __device__ T operator()(int64_t row, int64_t k) const {
     if (row >= channels || k >= count) return T(0);
@@ -32,7 +32,7 @@ struct Pixel {
 template <typename T>
 struct PixelOperand {
   static constexpr bool kContiguous = false;
-  const cpu::ConvolutionArgs<T>& a;
+  const cpu::DualConvolutionArgs<T>& a;
   int64_t group, count;
   int taps;
   __device__ Pixel at(int64_t column) const {
@@ -66,7 +66,7 @@ struct PixelOperand {
 
 template <typename T, bool kDual>
 __global__ void __launch_bounds__(kThreads)
-    convolution_kernel(const cpu::ConvolutionArgs<T> a, const Ending<T> ending) {
+    convolution_kernel(const cpu::DualConvolutionArgs<T> a, const Ending<T> ending) {
   using Shape = Tile<T, kDual>;
   const int64_t channels = a.out_channels / a.groups, taps = a.kernel_y * a.kernel_x;
   const int64_t count = a.in_channels / a.groups * taps, pixels = a.out_height * a.out_width;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <typename T>
-cudaError_t convolve(const cpu::ConvolutionArgs<T>& a, cudaStream_t stream) {
+cudaError_t convolve(const cpu::DualConvolutionArgs<T>& a, cudaStream_t stream) {
   const bool dual = a.radius != nullptr;
   const int64_t height = dual ? Tile<T, true>::kRows : Tile<T, false>::kRows;
   const int64_t width = dual ? Tile<T, true>::kColumns : Tile<T, false>::kColumns;
@@ -109,6 +109,6 @@ cudaError_t convolve(const cpu::ConvolutionArgs<T>& a, cudaStream_t stream) {
                 stream, a, Ending<T>(a.enclosure));
 }
 
-PYCERT_CUDA_INSTANTIATE(convolve, cpu::ConvolutionArgs)
+PYCERT_CUDA_INSTANTIATE(convolve, cpu::DualConvolutionArgs)
 
 }  // namespace pycert::cuda

@@ -32,7 +32,7 @@ cudaError_t scale(const cpu::ScaleArgs<T>& a, cudaStream_t stream);
 template <typename T>
 cudaError_t add(const cpu::AddArgs<T>& a, cudaStream_t stream);
 template <typename T>
-cudaError_t convolve(const cpu::ConvolutionArgs<T>& a, cudaStream_t stream);
+cudaError_t convolve(const cpu::DualConvolutionArgs<T>& a, cudaStream_t stream);
 template <typename T>
 cudaError_t linf_ball(const cpu::BallArgs<T>& a, cudaStream_t stream);
 template <typename T>

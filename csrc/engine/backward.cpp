@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/avg_pool2d_backward.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/index_add.h>
 #include <ATen/ops/matmul.h>
@@ -14,6 +15,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <cmath>
 #include <limits>
 
 #include "ops/record.h"
@@ -41,12 +43,18 @@ bool equal(const Window& a, const Window& b) {
          a.width == b.width;
 }
 
-// A convolution whose gradient is wanted, by the algorithms of direct_conv2d.
+// Kept out of autograd's sight, which takes no undefined tensors.
+struct Runs {
+  Tensor starts;
+};
+
+// rows_convolution with gradient.
 struct ConvFunction : torch::autograd::Function<ConvFunction> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x, const Tensor& w, Pair stride,
-                        Pair padding, Pair dilation, Pair output_padding, int64_t groups, bool transposed) {
+                        Pair padding, Pair dilation, Pair output_padding, int64_t groups, bool transposed,
+                        const Runs& runs) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, w});
+    ctx->save_for_backward({x, w, runs.starts});
     const auto ints = [](const Pair& p) { return std::vector<int64_t>(p.begin(), p.end()); };
     ctx->saved_data["stride"] = ints(stride);
     ctx->saved_data["padding"] = ints(padding);
@@ -54,18 +62,33 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
     ctx->saved_data["output_padding"] = ints(output_padding);
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["transposed"] = transposed;
-    return direct_conv2d(x, w, {stride, padding, dilation, output_padding, groups, transposed});
+    return rows_convolution(x, w, {stride, padding, dilation, output_padding, groups, transposed}, runs.starts);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     PrecisionGuard guard;
     const auto s = ctx->get_saved_variables();
-    const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
-    auto [x, w, unused] = at::convolution_backward(grads[0], s[0], s[1], {}, ints("stride"), ints("padding"),
-                                                   ints("dilation"), ctx->saved_data["transposed"].toBool(),
-                                                   ints("output_padding"), ctx->saved_data["groups"].toInt(),
-                                                   {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});
-    return {x, w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    const Tensor &x = s[0], &w = s[1];
+    const auto pair = [&](const char* name) {
+      const auto ints = ctx->saved_data[name].toIntVector();
+      return Pair{ints[0], ints[1]};
+    };
+    const Pair stride = pair("stride"), padding = pair("padding"), dilation = pair("dilation");
+    const int64_t groups = ctx->saved_data["groups"].toInt();
+    const bool transposed = ctx->saved_data["transposed"].toBool();
+    Tensor to_x, to_w;
+    if (ctx->needs_input_grad(0)) {
+      Pair rest{0, 0};
+      for (int64_t axis = 0; !transposed && axis < 2; ++axis)
+        rest[size_t(axis)] =
+            x.size(axis + 2) - ((grads[0].size(axis + 2) - 1) * stride[size_t(axis)] - 2 * padding[size_t(axis)] +
+                                dilation[size_t(axis)] * (w.size(axis + 2) - 1) + 1);
+      to_x = rows_convolution(grads[0], w, {stride, padding, dilation, rest, groups, !transposed}, s[2]);
+    }
+    if (ctx->needs_input_grad(1))
+      to_w = std::get<1>(at::convolution_backward(grads[0], x, w, {}, stride, padding, dilation, transposed,
+                                                  pair("output_padding"), groups, {false, true, false}));
+    return {to_x, to_w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -124,10 +147,27 @@ struct Replace : torch::autograd::Function<Replace> {
   }
 };
 
-// Double to T, downward; NaN becomes -inf.
-Tensor round_down(const Tensor& value, at::ScalarType dtype) {
+// value - error in `dtype`, downward; NaN becomes -inf.
+template <typename T>
+T round_down(double value) {
+  if (value != value) return -std::numeric_limits<T>::infinity();
+  const T nearest = static_cast<T>(value);
+  return double(nearest) > value ? std::nextafter(nearest, -std::numeric_limits<T>::infinity()) : nearest;
+}
+
+Tensor round_down(const Tensor& value, const Tensor& error, at::ScalarType dtype) {
+  if (value.is_cpu()) {  // one pass in place of eight
+    const Tensor v = value.contiguous(), e = error.expand_as(value).contiguous();
+    Tensor out = at::empty(v.sizes(), v.options().dtype(dtype));
+    const double *of_value = v.const_data_ptr<double>(), *of_error = e.const_data_ptr<double>();
+    AT_DISPATCH_FLOATING_TYPES(dtype, "round_down", [&] {
+      scalar_t* to = out.data_ptr<scalar_t>();
+      for (int64_t i = 0; i < v.numel(); ++i) to[i] = round_down<scalar_t>(of_value[i] - of_error[i]);
+    });
+    return out;
+  }
   const double infinity = std::numeric_limits<double>::infinity();
-  const Tensor clean = value.nan_to_num(-infinity, infinity, -infinity);
+  const Tensor clean = (value - error).nan_to_num(-infinity, infinity, -infinity);
   if (dtype == at::kDouble) return clean;
   const Tensor nearest = clean.to(dtype);
   const Tensor below = nearest.nextafter(at::full_like(nearest, -infinity));
@@ -160,15 +200,16 @@ Tensor dilated(const Tensor& weight, const Pair& dilation) {
 
 }  // namespace
 
-Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
+Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const Tensor& segments) {
   PrecisionGuard guard;
   if (any_needs_grad(x, w))
-    return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed);
-  return direct_conv2d(x, w, g);
+    return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed,
+                               Runs{segments});
+  return rows_convolution(x, w, g, segments);
 }
 
 Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype) {
-  const Tensor low = round_down((plain - charge).detach(), dtype);
+  const Tensor low = round_down(plain.detach(), charge, dtype);
   if (!any_needs_grad(plain)) return low;
   return Replace::apply(plain.to(dtype), low);
 }
@@ -471,7 +512,7 @@ void Walk::underflow(int64_t i, double terms) {
   if (!context_.sound() || !enabled(Term::Underflow)) return;
   at::NoGradGuard no_grad;
   const double tiny = context_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
-  lost_sums_.push_back(centred_ ? context_.radius(i).sum(1, false, at::kDouble) : context_.absolute_sum(i));
+  lost_sums_.push_back(centred_ ? context_.radius_sum(i) : context_.absolute_sum(i));
   lost_factors_.push_back(tiny * (terms + 2) * (1 + 1e-6));
 }
 
@@ -528,6 +569,23 @@ void Walk::find_segments() {
   segment_samples_ = samples;
 }
 
+// Runs of rows whose zeros are the same where they come from the ReLUs of their sample: windows also share the place.
+Tensor Walk::alike(const Rows& rows) {
+  if (rows.source.source.defined() || !index_.sample.is_cpu()) return {};
+  find_segments();
+  if (rows.window.dense) return segments_;
+  if (!places_.defined()) {
+    std::vector<int64_t> starts{0};
+    const Tensor sample = index_.sample.contiguous(), position = index_.position.contiguous();
+    const int64_t *of = sample.const_data_ptr<int64_t>(), *at = position.const_data_ptr<int64_t>();
+    for (int64_t q = 1; q < index_.count(); ++q)
+      if (of[q] != of[q - 1] || at[2 * q] != at[2 * q - 2] || at[2 * q + 1] != at[2 * q - 1]) starts.push_back(q);
+    starts.push_back(index_.count());
+    places_ = at::tensor(starts);
+  }
+  return places_;
+}
+
 // Columns that the ReLU after value i leaves alive, where every sample has rows enough to pay for a product of its own.
 LiveColumns Walk::live_columns(int64_t value) {
   constexpr int64_t kRowsThatPay = 48;
@@ -571,7 +629,8 @@ void Walk::conv(int64_t i, Rows rows) {
   if (g.transposed) {  // its transpose is a plain convolution
     rows = dense(i, written(i, std::move(rows)));
     const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
-    const Tensor full = convolve(image, weight, {g.stride, g.padding, g.dilation, {0, 0}, g.groups, false});
+    const Tensor full =
+        convolve(image, weight, {g.stride, g.padding, g.dilation, {0, 0}, g.groups, false}, alike(rows));
     next.data = full.narrow(2, 0, height).narrow(3, 0, width);
     next.source = rows.source;
     return give(node.inputs[0], std::move(next));
@@ -604,7 +663,7 @@ void Walk::conv(int64_t i, Rows rows) {
         rows.data = relayout_rows(rows.data, rows.source, index_, rows.window, rows.window, node.extent());
         rows.source = {};
       }
-      next.data = convolve(rows.data, weight, {g.stride, {0, 0}, g.dilation, {0, 0}, g.groups, true});
+      next.data = convolve(rows.data, weight, {g.stride, {0, 0}, g.dilation, {0, 0}, g.groups, true}, alike(rows));
       next.source = rows.source;
       next.window = window;
       next.inside = false;
@@ -617,7 +676,7 @@ void Walk::conv(int64_t i, Rows rows) {
   };
   const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
   const Pair output_padding{rest(0, height), rest(1, width)};
-  next.data = convolve(image, weight, {g.stride, g.padding, g.dilation, output_padding, g.groups, true});
+  next.data = convolve(image, weight, {g.stride, g.padding, g.dilation, output_padding, g.groups, true}, alike(rows));
   next.source = rows.source;
   give(node.inputs[0], std::move(next));
 }
@@ -799,10 +858,7 @@ void Walk::concretise(int64_t i, Rows rows) {
   const auto flat = [](const Tensor& t) { return t.reshape({t.size(0), -1}); };
   Tensor value, centre = ball ? flat(region->centre) : Tensor();
   if (centred_) {  // a ball's centre is its centre
-    const Tensor at = context_.centre(i).to(at::kDouble), low = flat(lower).to(at::kDouble) - at,
-                 high = at - flat(upper).to(at::kDouble);
-    lower = lower_end(low, low.abs() * 0x1p-52, context_.dtype());
-    upper = -lower_end(high, high.abs() * 0x1p-52, context_.dtype());
+    std::tie(lower, upper) = context_.centred_box(i);
     if (ball) centre = at::zeros_like(centre);
   }
   if (ball) {

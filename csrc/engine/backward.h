@@ -3,6 +3,7 @@
 #pragma once
 
 #include "engine/context.h"
+#include "ops/convolution.h"
 
 namespace pycert::engine {
 
@@ -67,6 +68,7 @@ class Walk {
   void relax(int64_t activation, int64_t input, Lines lines, Rows rows);  // through an activation of value `input`
   void linear(int64_t i, Rows rows);
   LiveColumns live_columns(int64_t value);
+  Tensor alike(const Rows& rows);
   void conv(int64_t i, Rows rows);
   void scale(int64_t i, Rows rows);
   void gather(int64_t i, Rows rows);
@@ -95,6 +97,7 @@ class Walk {
   std::vector<double> lost_factors_;
   Tensor segments_;  // runs of rows of one sample, and whose they are
   std::vector<int64_t> segment_samples_;
+  Tensor places_;  // runs of rows of one sample and position
   std::vector<Tensor> linear_;
 };
 
@@ -107,11 +110,14 @@ WalkResult walk(Context& context, const Start& start, bool stop_at_activations, 
 WalkResult ascend(Context& context, const Start& start, bool keep_linear, double threshold);
 double ascent_bytes(const Context& context, int64_t start);  // per row
 
-// A convolution with gradient, by the algorithms of direct_conv2d.
-Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g);
+// rows_convolution with gradient.
+Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const Tensor& segments = {});
 
 // Bounds of the specification's rows with the boxes of the last values that are not affine.
 BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec);
+
+// Bounds of the specification's rows by one walk from the output.
+BoundsResult output_bound(Context& context, const Spec& spec);
 
 // Bytes and floating-point operations of a walk from `start`, per row.
 struct RowCost {

@@ -244,6 +244,13 @@ void Context::refine(int64_t i, bool all) {
     element = rows.select(1, 1).contiguous();
   }
   if (sample.size(0) == 0) return;
+  if (node.image()) {  // rows of one pixel side by side: their windows are the same
+    const int64_t pixels = node.shape[1] * node.shape[2];
+    const Tensor place = sample * node.numel + element.remainder(pixels) * node.shape[0] + element.floor_divide(pixels);
+    const Tensor order = place.argsort();
+    sample = sample.index_select(0, order);
+    element = element.index_select(0, order);
+  }
   const record::Bounding bounding(node.label, 2 * sample.size(0), batch_ * node.numel);
   const RowCost cost = row_cost(*this, i, true, false);
   const double threshold = only_sign_matters(program_, i) ? 0 : std::numeric_limits<double>::infinity();
@@ -268,6 +275,8 @@ void Context::refine(int64_t i, bool all) {
   sizes_.erase(i);  // these were of the wider box
   live_.erase(i);
   radius_.erase(i);
+  radius_sums_.erase(i);
+  centred_boxes_.erase(i);
   for (int64_t key : {2 * i, 2 * i + 1}) charges_.erase(key);
   for (int64_t key = 4 * i; key < 4 * i + 4; ++key) relax_charges_.erase(key);
 }
@@ -353,6 +362,8 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
 BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec) {
   return walk_output(context, spec, true, false);
 }
+
+BoundsResult output_bound(Context& context, const Spec& spec) { return walk_output(context, spec, false, false); }
 
 BoundsResult Context::bound(const std::optional<Spec>& spec) {
   const int64_t output = program_.output();

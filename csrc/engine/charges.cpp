@@ -7,6 +7,7 @@
 
 #include "engine/context.h"
 #include "ops/charge.h"
+#include "ops/convolution.h"
 #include "ops/testing.h"
 
 namespace pycert::engine {
@@ -52,6 +53,23 @@ Tensor Context::radius(int64_t i) {
   return found->second;
 }
 
+Tensor Context::radius_sum(int64_t i) {
+  auto [found, fresh] = radius_sums_.try_emplace(i);
+  if (fresh) found->second = radius(i).sum(1, false, at::kDouble);
+  return found->second;
+}
+
+const Box& Context::centred_box(int64_t i) {
+  auto [found, fresh] = centred_boxes_.try_emplace(i);
+  if (fresh) {
+    const auto flat = [&](const Tensor& t) { return t.reshape({batch_, -1}).to(at::kDouble); };
+    const Tensor at = centre(i).to(at::kDouble), low = flat(std::get<0>(box(i))) - at,
+                 high = at - flat(std::get<1>(box(i)));
+    found->second = {lower_end(low, low.abs() * 0x1p-52, dtype_), -lower_end(high, high.abs() * 0x1p-52, dtype_)};
+  }
+  return found->second;
+}
+
 // ||s||^2 over what each output reads, and how many of those values are not zero: [2, R, groups, inner].
 Tensor Context::windows(const Node& node, const Tensor& weight) {
   const int64_t input = node.inputs[0], groups = node.conv.groups;
@@ -76,7 +94,9 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
   const int64_t channels = dense ? plain.size(0) : node.shape[0];
   if (!dense) {
     const int64_t taps = plain.size(2) * plain.size(3), groups = node.conv.groups;
-    ours = double((transposed ? plain.size(1) : plain.size(0) / groups) * taps);
+    ConvGeometry back = node.conv;
+    back.transposed = !transposed;
+    ours = double(convolution_chain(plain, back));
     terms = double((transposed ? plain.size(0) / groups : plain.size(1)) * taps);
   }
   const double u = dtype_ == at::kFloat ? 0x1p-24 : 0x1p-53, tiny = dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022;

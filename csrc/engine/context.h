@@ -36,6 +36,7 @@ struct Options {
   Side side = Side::Both;
   bool intersect = false;
   bool return_linear = false;
+  bool fast = false;                  // precision="fast": radii of convolutions in bfloat16, rounded up
   int64_t memory = int64_t(1) << 30;  // bytes for the rows of one chunk
   std::vector<bool> training;         // of every BatchNorm
   Ascent ascent;
@@ -93,6 +94,7 @@ class Context {
 
   // bound.cpp
   BoundsResult bound(const std::optional<Spec>& spec);
+  Tensor loss_bound(const Spec& spec);  // loss.cpp: [B], upper bounds of the cross entropy of the margins `spec`
   void set_box(int64_t i, Box box) { boxes_[size_t(i)] = std::move(box); }
   void forget_caches();  // what was being computed when memory ran out must not count as computed
   std::vector<std::pair<int64_t, Box>> layer_bounds();
@@ -139,6 +141,8 @@ class Context {
   Tensor absolute(int64_t i);              // [B, n]: largest |value|
   Tensor absolute_sum(int64_t i);          // [B] double: their sum
   Tensor radius(int64_t i);                // [B, n]: largest |value - centre|
+  Tensor radius_sum(int64_t i);            // [B] double: their sum
+  const Box& centred_box(int64_t i);       // [B, n] each: of value - centre
   Tensor charge(int64_t i, bool centred);  // [B, n]: error of a back-substitution step through affine node i
   Tensor relax_charge(int64_t i, bool with_node, bool centred);
 
@@ -192,7 +196,8 @@ class Context {
   std::unordered_map<int64_t, Planes> planes_, centred_planes_;
   std::unordered_map<int64_t, std::array<Tensor, 2>> live_;  // columns, starts [B + 1]
   std::unordered_map<int64_t, Magnitudes> sizes_;
-  std::unordered_map<int64_t, Tensor> radius_, charges_, relax_charges_;
+  std::unordered_map<int64_t, Tensor> radius_, radius_sums_, charges_, relax_charges_;
+  std::unordered_map<int64_t, Box> centred_boxes_;
 };
 
 // Bounds by linear functions of the input that are propagated forward (linear_forward.cpp).

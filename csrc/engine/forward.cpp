@@ -265,6 +265,7 @@ Box Context::interval_step(int64_t i) {
     }
     case Op::Conv: {
       const auto& [l, u] = box(node.inputs[0]);
+      const FastRadius fast(options_.fast);
       return interval_conv2d(l, u, weight(node), optional_of(bias(node)), node.conv, options_.soundness,
                              extra_terms(i));
     }
@@ -427,7 +428,8 @@ void Context::forget_caches() {
   for (auto* cache : {&lines_, &relu_lines_, &flattest_lines_, &centred_lines_}) cache->clear();
   for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
   for (auto* cache : {&planes_, &centred_planes_}) cache->clear();
-  for (auto* cache : {&radius_, &charges_, &relax_charges_}) cache->clear();
+  for (auto* cache : {&radius_, &radius_sums_, &charges_, &relax_charges_}) cache->clear();
+  centred_boxes_.clear();
   sizes_.clear();
   live_.clear();
 }

@@ -49,7 +49,7 @@ Cost cost_of(const cpu::SignArgs<T>& a) {
   return elements<T>(double(a.count), 4, 4);
 }
 template <typename T>
-Cost cost_of(const cpu::ConvolutionArgs<T>& a) {
+Cost cost_of(const cpu::DualConvolutionArgs<T>& a) {
   const double products = a.radius == nullptr ? 1 : 2, pixels = double(a.out_height * a.out_width);
   const double taps = double(a.in_channels / a.groups * a.kernel_y * a.kernel_x);
   // a transposed convolution meets every input element with every tap
@@ -60,6 +60,14 @@ Cost cost_of(const cpu::ConvolutionArgs<T>& a) {
       double(a.batch) * products * (double(a.in_channels * a.height * a.width) + double(a.out_channels) * pixels) +
       double(a.out_channels) * taps;
   return {numbers * double(sizeof(T)), 2 * products * double(a.batch) * positions};
+}
+template <typename T>
+Cost cost_of(const cpu::ConvolutionArgs<T>& a) {
+  const double in = double(a.groups * a.inner * a.in_height * a.in_width),
+               out = double(a.groups * a.outer * a.out_height * a.out_width), taps = double(a.tap_height * a.tap_width);
+  const double met = a.vertical.transposed ? in * double(a.outer) : out * double(a.inner);
+  const double numbers = double(a.rows) * (in + out) + double(a.groups * a.inner * a.outer) * taps;
+  return {numbers * double(sizeof(T)), 2 * double(a.rows) * met * taps};
 }
 template <typename T>
 Cost cost_of(const cpu::MagnitudeArgs<T>& a) {

@@ -22,6 +22,7 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/convolution.h"
 #include "ops/device.h"
 #include "ops/product.h"
 #include "ops/record.h"
@@ -171,13 +172,13 @@ static bool has_own_convolution(const Tensor& like) {
 
 // Sizes and geometry of a convolution; pointers are left out.
 template <typename T>
-static cpu::ConvolutionArgs<T> convolution_args(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
+static cpu::DualConvolutionArgs<T> convolution_args(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
   const auto size = [&](size_t axis) {
     const int64_t in = x.size(int64_t(axis) + 2), reach = g.dilation[axis] * (w.size(int64_t(axis) + 2) - 1);
     if (g.transposed) return (in - 1) * g.stride[axis] - 2 * g.padding[axis] + reach + g.output_padding[axis] + 1;
     return (in + 2 * g.padding[axis] - reach - 1) / g.stride[axis] + 1;
   };
-  cpu::ConvolutionArgs<T> a{};
+  cpu::DualConvolutionArgs<T> a{};
   std::tie(a.batch, a.in_channels, a.height, a.width) = std::tuple(x.size(0), x.size(1), x.size(2), x.size(3));
   a.out_channels = g.transposed ? w.size(1) * g.groups : w.size(0);
   std::tie(a.out_height, a.out_width) = std::tuple(size(0), size(1));
@@ -223,7 +224,7 @@ static ConvGeometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding,
 }
 
 template <typename T>
-static std::optional<cpu::EnclosureArgs<T>> plain_ending(const cpu::ConvolutionArgs<T>&) {
+static std::optional<cpu::EnclosureArgs<T>> plain_ending(const cpu::DualConvolutionArgs<T>&) {
   return std::nullopt;
 }
 
@@ -302,7 +303,8 @@ struct Charges {
   double own_chain = 0, extra = 0;
 };
 
-Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64_t extra, at::ScalarType dtype) {
+Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64_t extra, at::ScalarType dtype,
+                    int64_t radius_chain = 0) {
   Charges c;
   c.sound = soundness != Soundness::None;
   if (!c.sound) return c;
@@ -314,7 +316,10 @@ Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64
     if (!enabled(Term::BatchNorm)) extra = 0;
     c.deployed = gamma(double(terms + 2 + extra), dtype);
   }
-  if (enabled(Term::RadiusProduct)) c.radius_inflation = (1 + 1e-12) / (1 - gamma(double(own_chain + 1), dtype));
+  if (enabled(Term::RadiusProduct)) {
+    const int64_t chain = std::max(own_chain, radius_chain);
+    c.radius_inflation = (1 + 1e-12) / (1 - gamma(double(chain + 1), dtype));
+  }
   return c;
 }
 
@@ -385,7 +390,7 @@ Box enclose(Tensor centre, Tensor radius, const OptionalTensor& bias, const Tens
 }
 
 template <typename T>
-std::optional<cpu::EnclosureArgs<T>> ending(const cpu::ConvolutionArgs<T>& a, const Tensor& low, const Tensor& high,
+std::optional<cpu::EnclosureArgs<T>> ending(const cpu::DualConvolutionArgs<T>& a, const Tensor& low, const Tensor& high,
                                             const Tensor& bias, const Tensor& sums, const Charges& c) {
   return enclosure_of<T>(low, high, bias, sums, c, a.batch, a.out_channels);
 }
@@ -444,6 +449,15 @@ Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
   const int64_t per_group = transposed ? weight.size(0) / groups : weight.size(1);
   const int64_t terms = per_group * weight.size(2) * weight.size(3);
+  if (interval_convolutions_pay(lower, weight, g)) {
+    const bool fast = FastRadius::on() && has_fast_radius(lower.scalar_type());
+    const int64_t chain = convolution_chain(weight, g) + 1;
+    const Charges c =
+        charges_for(chain, terms, Soundness(soundness), extra_terms, lower.scalar_type(), fast ? 4 * chain : 0);
+    const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
+    const auto [centre, radius] = interval_convolutions(p.mid, p.radius, weight, g, fast);
+    return enclose(centre, radius, bias, p.sums, c);
+  }
   const Charges c = charges_for(terms + 1, terms, Soundness(soundness), extra_terms, lower.scalar_type());
   const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
   if (fuses_enclosure(p.mid)) {
@@ -513,17 +527,34 @@ TensorTuple4 conv2d_backward_cpu(const Tensor& grad_lower, const Tensor& grad_up
                                  at::IntArrayRef output_padding, int64_t groups, std::array<bool, 3> needed) {
   PrecisionGuard guard;
   const Tensor dc = grad_lower + grad_upper, dr = grad_upper - grad_lower;
-  const std::array<bool, 3> mask{needed[0], needed[1], false};
-  const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
-  const double products = 2 * (double(needed[0]) + double(needed[1]));
-  const record::Kernel range(weight.device(), "convolution (gradient)",
-                             record::on() ? convolution_cost(lower, weight, g, products) : Cost());
+  std::array<bool, 3> mask{needed[0], needed[1], false};
   const auto backward = [&](const Tensor& grad, const Tensor& input, const Tensor& w) {
     return at::convolution_backward(grad, input, w, {}, stride, padding, dilation, transposed, output_padding, groups,
                                     mask);
   };
   Tensor grad_mid, grad_radius, weight_mid, weight_radius, bias;
-  if (needed[0] || needed[1]) {
+  ConvGeometry back = geometry_of(stride, padding, dilation, !transposed, output_padding, groups);
+  const bool by_kernel = needed[0] && interval_convolutions_pay(dc, weight, back);
+  const double by_library = 2 * ((needed[0] && !by_kernel ? 1.0 : 0.0) + (needed[1] ? 1.0 : 0.0));
+  const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
+  const record::Kernel range(weight.device(), "convolution (gradient)",
+                             record::on() ? convolution_cost(lower, weight, g, by_library) : Cost());
+  if (by_kernel) {
+    for (size_t axis = 0; axis < 2; ++axis)
+      back.output_padding[axis] =
+          transposed ? 0
+                     : lower.size(int64_t(axis) + 2) -
+                           ((dc.size(int64_t(axis) + 2) - 1) * back.stride[axis] - 2 * back.padding[axis] +
+                            back.dilation[axis] * (weight.size(int64_t(axis) + 2) - 1) + 1);
+    const auto products = interval_convolutions(dc, dr, weight, back, false);
+    grad_mid = products.centre;
+    grad_radius = products.radius;
+    if (needed[1]) {
+      mask[0] = false;
+      weight_mid = std::get<1>(backward(dc, (lower + upper).div_(2), weight));
+      weight_radius = std::get<1>(backward(dr, (upper - lower).div_(2), weight));
+    }
+  } else if (needed[0] || needed[1]) {
     std::tie(grad_mid, weight_mid, std::ignore) = backward(dc, (lower + upper).div_(2), weight);
     std::tie(grad_radius, weight_radius, std::ignore) = backward(dr, (upper - lower).div_(2), weight.abs());
   }
@@ -773,7 +804,13 @@ Box add_autograd(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_l
   return call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
 }
 
+thread_local bool fast_radius = false;
+
 }  // namespace
+
+FastRadius::FastRadius(bool on) : before_(fast_radius) { fast_radius = on; }
+FastRadius::~FastRadius() { fast_radius = before_; }
+bool FastRadius::on() { return fast_radius; }
 
 Box interval_linear(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
                     Soundness soundness, int64_t extra_terms) {

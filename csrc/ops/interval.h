@@ -25,6 +25,19 @@ Box interval_conv2d(const at::Tensor& lower, const at::Tensor& upper, const at::
                     const std::optional<at::Tensor>& bias, const ConvGeometry& geometry, Soundness soundness,
                     int64_t extra_terms);
 
+// While one lives, interval_conv2d on this thread may form the radius in bfloat16, rounded up (precision="fast").
+class FastRadius {
+ public:
+  explicit FastRadius(bool on);
+  ~FastRadius();
+  FastRadius(const FastRadius&) = delete;
+  FastRadius& operator=(const FastRadius&) = delete;
+  static bool on();
+
+ private:
+  bool before_;
+};
+
 // scale x + term, each [C] on dimension 1 of x or absent; kappa roundings of |scale x| + magnitude.
 Box interval_scale(const at::Tensor& lower, const at::Tensor& upper, const std::optional<at::Tensor>& scale,
                    const std::optional<at::Tensor>& term, const std::optional<at::Tensor>& magnitude, double kappa,

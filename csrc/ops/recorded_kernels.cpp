@@ -79,6 +79,7 @@ DeviceKernels<T> make() {
   PYCERT_RECORD(squares);
   PYCERT_RECORD(charge);
   PYCERT_RECORD(product);
+  PYCERT_RECORD(convolve_rows);
   PYCERT_RECORD(interleave);
   PYCERT_RECORD(relax);
   PYCERT_RECORD(dot);

@@ -82,6 +82,13 @@ def _(rows, weight, segments, columns, starts):
     return rows.new_empty((rows.shape[0], weight.shape[1]))
 
 
+@torch.library.register_fake("pycert::rows_convolution")
+def _(rows, weight, stride, padding, dilation, output_padding, groups, transposed, segments):
+    return rows.new_empty(
+        _conv_shape(rows, weight, stride, padding, dilation, transposed, output_padding, groups)
+    )
+
+
 @torch.library.register_fake("pycert::relax_rows")
 def _(
     rows,

@@ -159,7 +159,7 @@ template <typename T>
 void convolutions() {
   const auto input = draw<T>(2 * 4 * 5 * 6, 1), radius = draw<T>(2 * 4 * 5 * 6, 2, true),
              weight = draw<T>(6 * 2 * 6, 3);
-  cpu::ConvolutionArgs<T> a{
+  cpu::DualConvolutionArgs<T> a{
       input.data(), radius.data(), weight.data(), nullptr, nullptr, 2, 4, 5, 6, 6, 0, 0, 3, 2, 2, 1, 1, 0, 1, 2, 2,
       false};
   a.out_height = (5 + 2 - 2 - 1) / 2 + 1;
