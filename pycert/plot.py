@@ -192,7 +192,9 @@ def _layer_bars(axes: Any, profile: Any, colours: Mapping[str, str], layers: int
         label = None if name in labelled else name
         labelled.add(name)
         colour = colours.get(entry.kernel, "0.7")
-        axes.barh(names.index(entry.layer), 1e3 * entry.seconds, left=left[entry.layer], color=colour, label=label)
+        axes.barh(
+            names.index(entry.layer), 1e3 * entry.seconds, left=left[entry.layer], color=colour, label=label
+        )
         left[entry.layer] += 1e3 * entry.seconds
     axes.set_yticks(range(len(names)), [name or "outside layers" for name in names], fontsize=8)
     axes.invert_yaxis()
