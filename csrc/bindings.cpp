@@ -14,6 +14,8 @@
 
 #include "cpu/kernels.h"
 #include "engine/context.h"
+#include "ops/device.h"
+#include "ops/record.h"
 #include "ops/testing.h"
 
 namespace py = pybind11;
@@ -93,6 +95,7 @@ Node node_of(const py::dict& d) {
   node.shape = py::cast<std::vector<int64_t>>(d["shape"]);
   node.params = py::cast<std::vector<int64_t>>(d["params"]);
   node.path = py::cast<std::string>(d["path"]);
+  node.label = node.path.empty() ? op : node.path + " (" + op + ")";
   const py::dict attrs = d["attrs"];
   read(attrs, "stride", node.conv.stride);
   read(attrs, "padding", node.conv.padding);
@@ -347,6 +350,29 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
     return false;
 #endif
+  });
+  m.def("untested_cuda_kernels", &untested_cuda_kernels, "CUDA kernels that never ran on a GPU");
+  m.def("testing_replace_kernels", [](uintptr_t for_float, uintptr_t for_double) {
+    replace_cpu_kernels(reinterpret_cast<const DeviceKernels<float>*>(for_float),
+                        reinterpret_cast<const DeviceKernels<double>*>(for_double));
+  });
+  py::class_<record::Entry>(m, "ProfileEntry")
+      .def_readonly("layer", &record::Entry::layer)
+      .def_readonly("phase", &record::Entry::phase)
+      .def_readonly("kernel", &record::Entry::kernel)
+      .def_readonly("calls", &record::Entry::calls)
+      .def_readonly("seconds", &record::Entry::seconds)
+      .def_property_readonly("bytes", [](const record::Entry& e) { return e.cost.bytes; })
+      .def_property_readonly("flops", [](const record::Entry& e) { return e.cost.flops; });
+  py::class_<record::Target>(m, "ProfileTarget")
+      .def_readonly("layer", &record::Target::layer)
+      .def_readonly("rows", &record::Target::rows)
+      .def_readonly("neurons", &record::Target::neurons)
+      .def_readonly("seconds", &record::Target::seconds);
+  m.def("profile_start", &record::start);
+  m.def("profile_stop", [] {
+    record::Report report = record::stop();
+    return py::make_tuple(std::move(report.entries), std::move(report.targets));
   });
   m.def("terms", &term_names, "Terms of the error analysis that tests can take out");
   m.def("testing_disable", &disable_term);

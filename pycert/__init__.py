@@ -17,6 +17,7 @@ from pycert.bounded import BoundedModule, Bounds, Cost, LinearBounds, margins
 from pycert.certification import CertifyResult, certify
 from pycert.errors import UnsupportedOperator
 from pycert.onnx_import import OnnxNetwork, load_onnx
+from pycert.profiling import profile
 from pycert.regions import Box, LpBall
 
 from pycert import lipschitz  # isort: skip - it needs the names above
@@ -41,6 +42,7 @@ __all__ = [
     "nn",
     "ops",
     "plot",
+    "profile",
     "register_activation",
     "train",
 ]

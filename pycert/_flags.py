@@ -32,6 +32,8 @@ def uncovered(device: str, dtype: torch.dtype, convolves: bool) -> tuple[str, ..
         found.append("TF32 matrix products")
     if device == "cuda" and convolves and torch.backends.cudnn.allow_tf32:
         found.append("TF32 convolutions")
+    if device == "cuda" and convolves and torch.backends.cudnn.enabled:
+        found.append("cuDNN convolutions (Winograd, FFT)")
     if device == "cpu" and convolves and nnpack_enabled():
         found.append("NNPACK convolutions (Winograd, FFT)")
     return tuple(found)

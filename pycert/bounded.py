@@ -223,7 +223,7 @@ class BoundedModule(nn.Module):
 
     def _interval_options(self, soundness: str) -> Any:
         """Of the engine's interval pass, for those who tighten its boxes on the way."""
-        return self._native("ibp", Options(soundness=soundness), False)
+        return self._native("ibp", Options(soundness=soundness), False, self._tensors()[0].device)
 
     def _point_bounds(
         self, regions: list[Region], rows: tuple[Tensor, Tensor | None, int] | None, soundness: str
@@ -244,7 +244,7 @@ class BoundedModule(nn.Module):
         boxes: Boxes | None = None,
     ) -> Bounds:
         tensors = self._tensors()
-        native = self._native(method, parsed, return_linear, boxes)
+        native = self._native(method, parsed, return_linear, regions[0][0].device, boxes)
         lower, upper, A_lower, c_lower, A_upper, c_upper = self._program.bound(tensors, regions, native, rows)
         for value in (lower, upper):
             if value is not None and not math.isfinite(value.detach().sum().item()):
@@ -264,7 +264,8 @@ class BoundedModule(nn.Module):
         rows = self._class_rows(y, batch, regions[0][0])
         parsed = Options(intersect=False, soundness="none")
         tensors = self._tensors()
-        loss = self._program.loss_bound(tensors, regions, self._native(method, parsed, False), rows)
+        native = self._native(method, parsed, False, regions[0][0].device)
+        loss = self._program.loss_bound(tensors, regions, native, rows)
         if not math.isfinite(loss.detach().sum().item()):
             self._diagnose(tensors)
         return loss
@@ -309,7 +310,7 @@ class BoundedModule(nn.Module):
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Bounds on every pre-activation, by node number."""
         tensors = self._tensors()
-        native = self._native(method, parsed, False, boxes)
+        native = self._native(method, parsed, False, regions[0][0].device, boxes)
         found = self._program.layer_bounds(tensors, regions, native)
         if not all(
             math.isfinite((upper.detach() - lower.detach()).sum().item()) for _, lower, upper in found
@@ -337,7 +338,7 @@ class BoundedModule(nn.Module):
         regions, batch = self._regions(region)
         rows = None if spec is None else self._spec(spec, batch, regions[0][0])
         size, flops = self._program.estimate(
-            self._tensors(), regions, self._native(method, parsed, False), rows
+            self._tensors(), regions, self._native(method, parsed, False, regions[0][0].device), rows
         )
         return Cost(int(size), flops)
 
@@ -355,10 +356,15 @@ class BoundedModule(nn.Module):
         return tensors
 
     def _native(
-        self, method: str, options: Options, return_linear: bool, boxes: Boxes | None = None
+        self,
+        method: str,
+        options: Options,
+        return_linear: bool,
+        device: torch.device,
+        boxes: Boxes | None = None,
     ) -> _C.Options:
         training = tuple(bool(norm.training) for norm in self.graph.batch_norms)
-        memory = 0 if method == "ibp" and options.memory is None else memory_bytes(options.memory)
+        memory = 0 if method == "ibp" and options.memory is None else memory_bytes(options.memory, device)
         key = (method, options, return_linear, training)
         keeps = method == "ibp" and boxes is None
         native = self._options.get(key) if keeps else None
@@ -411,6 +417,7 @@ class BoundedModule(nn.Module):
             if one.lower.dtype != first.lower.dtype or one.lower.device != first.lower.device:
                 raise TypeError("region: all inputs must have the same dtype and device")
             batch = one.batch
+        _check_device(given[0].lower.device)
         return [one._for_engine() for one in given], batch
 
     def _spec(self, spec: Tensor, batch: int, like: Tensor) -> tuple[Tensor, Tensor | None, int]:
@@ -478,6 +485,17 @@ class BoundedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.graph.nodes)} operators"
+
+
+def _check_device(device: torch.device) -> None:
+    """The device's kernels must be there before anything is computed with it."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"region: bounds are computed on cpu or cuda, got {device}")
+    if device.type == "cuda" and not _C.has_cuda():
+        raise ValueError(
+            f"region is on {device}, but this build of pycert is without CUDA kernels: install a torch with CUDA and "
+            "the CUDA toolkit and build pycert again (PYCERT_CUDA=1 says what is missing)"
+        )
 
 
 def _hidden_slots(graph: Graph) -> list[int]:

@@ -9,6 +9,8 @@ import os
 import re
 from typing import Any
 
+import torch
+
 from pycert.ops.relaxation import SLOPES
 
 #: Methods of :meth:`pycert.BoundedModule.bound`, cheapest first.
@@ -108,10 +110,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def memory_bytes(memory: str | float | None) -> int:
+def memory_bytes(memory: str | float | None, device: torch.device | None = None) -> int:
     """Bytes of a ``memory=`` option: a number, or text such as ``"2GiB"``; by default a quarter of what is free."""
     if memory is None:
-        return max(2**26, _free_bytes() // 4)
+        return max(2**26, _free_bytes(device) // 4)
     size: float
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", memory)
@@ -129,7 +131,10 @@ def memory_bytes(memory: str | float | None) -> int:
     return int(min(size, 2**62))
 
 
-def _free_bytes() -> int:
+def _free_bytes(device: torch.device | None) -> int:
+    if device is not None and device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free to torch
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo") as info:
             for line in info:

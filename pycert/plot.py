@@ -115,3 +115,90 @@ def _title(results: Mapping[str, Any]) -> str:
         about.append(f"{results['samples']} samples")
     second = f"\nsoundness: {results['soundness']}" if results.get("soundness") else ""
     return "How much is provably robust? " + ", ".join(about) + second
+
+
+def profile_picture(profile: Any, path: str | Path, kernels: int = 8, layers: int = 20) -> Path:
+    """The roofline of a :class:`pycert.profiling.Profile` and the time of its layers.
+
+    Left: every kernel of every layer by its operations per byte and its speed, the area of a point its time, below
+    the device's measured roofs. Right: time by layer, divided by kernel.
+
+    Args:
+        profile: as ``pycert.profile()`` left it.
+        path: of the picture; the suffix decides the format (png, svg, pdf).
+        kernels: so many get a colour; the others are grey.
+        layers: so many, the longest, get a bar.
+
+    Returns:
+        ``path`` as a Path.
+
+    Raises:
+        ValueError: nothing was recorded.
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "plots need matplotlib: pip install matplotlib", name="matplotlib"
+        ) from error
+
+    if not profile.entries:
+        raise ValueError("profile_picture: nothing was recorded, so there is nothing to plot")
+    palette = ["#E69F00", "#0072B2", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#F0E442", "#000000"]
+    longest = [entry.kernel for entry in profile.summed("kernel")]
+    colours = dict(zip(longest[: min(kernels, len(palette))], palette))
+    figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    roofline, bars = figure.subplots(1, 2)
+    _roofline(roofline, profile, colours)
+    _layer_bars(bars, profile, colours, layers)
+    figure.savefig(path)
+    return Path(path)
+
+
+def _roofline(axes: Any, profile: Any, colours: Mapping[str, str]) -> None:
+    roofs = profile.roofs()
+    points = [e for e in profile.entries if e.bytes > 0 and e.flops > 0 and e.seconds > 0]
+    most = max((entry.seconds for entry in points), default=1.0)
+    for entry in points:
+        axes.scatter(
+            entry.flops / entry.bytes,
+            entry.flops / entry.seconds / 1e9,
+            s=8 + 250 * entry.seconds / most,
+            color=colours.get(entry.kernel, "0.7"),
+            alpha=0.7,
+            linewidths=0,
+        )
+    ridge = roofs.rate / roofs.bandwidth
+    low = min([0.05, *(entry.flops / entry.bytes for entry in points)])
+    high = max([10 * ridge, *(entry.flops / entry.bytes for entry in points)])
+    roof = [low * roofs.bandwidth / 1e9, roofs.rate / 1e9, roofs.rate / 1e9]
+    axes.plot([low, ridge, high], roof, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(f"roofs: {roofs.bandwidth / 1e9:.3g} GB/s, {roofs.rate / 1e9:.4g} GFLOP/s", fontsize=10)
+
+
+def _layer_bars(axes: Any, profile: Any, colours: Mapping[str, str], layers: int) -> None:
+    names = [entry.layer for entry in profile.summed("layer")[:layers]]
+    left = dict.fromkeys(names, 0.0)
+    parts = [entry for entry in profile.summed("layer", "kernel") if entry.layer in left]
+    labelled: set[str] = set()
+    for entry in sorted(
+        parts, key=lambda e: list(colours).index(e.kernel) if e.kernel in colours else len(colours)
+    ):
+        name = entry.kernel if entry.kernel in colours else "other kernels"
+        label = None if name in labelled else name
+        labelled.add(name)
+        colour = colours.get(entry.kernel, "0.7")
+        axes.barh(
+            names.index(entry.layer), 1e3 * entry.seconds, left=left[entry.layer], color=colour, label=label
+        )
+        left[entry.layer] += 1e3 * entry.seconds
+    axes.set_yticks(range(len(names)), [name or "outside layers" for name in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(f"time by layer, {1e3 * profile.seconds:.3g} ms in all", fontsize=10)

@@ -20,4 +20,10 @@ PYCERT_HD inline V least_end(V coefficient, V lower, V upper) {
   return coefficient >= V{} ? lower : upper;
 }
 
+// Root of a sum of squares. Those of doubles may underflow: 1e-140 covers 10^25 of them; those of floats do not.
+template <typename T>
+PYCERT_HD inline double euclidean_norm(double sum_of_squares) {
+  return std::sqrt(sum_of_squares) + (sizeof(T) == 8 && sum_of_squares < 1e-250 ? 1e-140 : 0);
+}
+
 }  // namespace pycert

@@ -46,4 +46,17 @@ PYCERT_HD inline T charge_of(const ChargeElement<T>& z, const ChargeFactors<T>& 
   return charge + theirs + lost;
 }
 
+// Upper bound of a sum of `count` squares; those of doubles may underflow.
+template <typename T>
+PYCERT_HD inline double squares_up(double sum, int64_t count) {
+  return sum * (1 + double(count + 8) * 0x1p-52) + (sizeof(T) == 8 ? double(count) * 0x1p-1020 : 0);
+}
+
+// gamma of the network's chain, times `longest`.
+template <typename T>
+PYCERT_HD inline T chain_charge(double terms, double longest) {
+  const double chain = terms * double(kUnit<T>);
+  return round_up<T>(chain / (1 - chain) * longest);
+}
+
 }  // namespace pycert

@@ -96,4 +96,19 @@ PYCERT_HD inline void add_box(T a_lower, T a_upper, T b_lower, T b_upper, T kapp
   upper = high + slack <= kInfinity<T> ? high + slack : kInfinity<T>;
 }
 
+// [centre - eps, centre + eps], outward, cut by [low, high].
+template <typename T>
+PYCERT_HD inline void linf_box(T centre, T eps, T low, T high, T& lower, T& upper) {
+  const T below = sub_down(centre, eps), above = add_up(centre, eps);
+  lower = low < below ? below : low;
+  upper = above < high ? above : high;
+}
+
+// mid + sign(weight) radius
+template <typename T>
+PYCERT_HD inline T signed_sum(T mid, T radius, T weight) {
+  const T sign = T(weight > T(0)) - T(weight < T(0));
+  return mid + sign * radius;
+}
+
 }  // namespace pycert

@@ -19,14 +19,14 @@
 
 #if defined(__CUDACC__)
 #define PYCERT_HD __host__ __device__
-#elif defined(__GNUC__) || defined(__clang__)
+#elif (defined(__GNUC__) || defined(__clang__)) && !defined(PYCERT_HOST_SHIM)
 #define PYCERT_HD __attribute__((always_inline))
 #else
 #define PYCERT_HD
 #endif
 // Functions that are too long to be inlined everywhere.
 #if defined(__CUDACC__)
-#define PYCERT_CALL __host__ __device__
+#define PYCERT_CALL __host__ __device__ __noinline__
 #else
 #define PYCERT_CALL
 #endif

@@ -255,13 +255,9 @@ PYCERT_INLINE void ball_run(const T* row, T sign, const T* centre, int norm, int
   });
 }
 
-// Squares of doubles may underflow: 1e-140 covers 10^25 of them. Squares of floats do not.
 template <typename T>
 inline double dual_norm(const Sums& sums, int norm) {
-  if (norm == 2) {
-    const double sum = total(sums.error);
-    return std::sqrt(sum) + (sizeof(T) == 8 && sum < 1e-250 ? 1e-140 : 0);
-  }
+  if (norm == 2) return euclidean_norm<T>(total(sums.error));
   double largest = 0;
   for (int j = 0; j < kStrands; ++j) largest = std::max(largest, sums.error[j]);
   return largest;

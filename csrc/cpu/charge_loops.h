@@ -1,12 +1,6 @@
 // Loops of the error charges; compiled once per instruction set (isa_*.cpp), inside namespace pycert::cpu::<isa>.
 // No include guard on purpose.
 
-// Upper bound of a sum of `count` squares; those of doubles may underflow.
-template <typename T>
-PYCERT_INLINE double squares_up(double sum, int64_t count) {
-  return sum * (1 + double(count + 8) * 0x1p-52) + (sizeof(T) == 8 ? double(count) * 0x1p-1020 : 0);
-}
-
 // Of the middle of [rows, count, inner]: sums of squares, and how many are not zero.
 template <typename T>
 void squares(const SquaresArgs<T>& a) {
@@ -91,8 +85,8 @@ template <typename T>
 void charge_windows(const ChargeArgs<T>& a, int64_t window, double* norm, T* network) {
   const double* squares = a.absolute == nullptr ? a.window_squares + window * a.inner : nullptr;
   for (int64_t i = 0; i < a.inner; ++i) {
-    const double chain = (std::min(a.terms, a.window_live[window * a.inner + i]) + a.extra) * double(kUnit<T>);
-    network[i] = a.network ? round_up<T>(chain / (1 - chain) * a.longest) : T(0);
+    const double terms = std::min(a.terms, a.window_live[window * a.inner + i]) + a.extra;
+    network[i] = a.network ? chain_charge<T>(terms, a.longest) : T(0);
     if (squares != nullptr) norm[i] = std::sqrt(squares[i]);
   }
 }

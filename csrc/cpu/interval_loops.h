@@ -150,3 +150,18 @@ void add(const AddArgs<T>& a) {
     }
   });
 }
+
+template <typename T>
+void linf_ball(const BallArgs<T>& a) {
+  at::parallel_for(0, a.batch * a.count, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      linf_box(a.centre[i], a.eps[i / a.count], a.low, a.high, a.lower[i], a.upper[i]);
+  });
+}
+
+template <typename T>
+void with_sign(const SignArgs<T>& a) {
+  at::parallel_for(0, a.count, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) a.out[i] = signed_sum(a.mid[i], a.radius[i], a.weight[i]);
+  });
+}

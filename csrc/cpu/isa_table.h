@@ -21,6 +21,8 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       dual_product<T>,
                                       scale<T>,
                                       add<T>,
+                                      linf_ball<T>,
+                                      with_sign<T>,
                                       magnitudes<T>,
                                       squares<T>,
                                       charge<T>,
@@ -42,7 +44,9 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       ball_box<T>,
                                       ball_box_backward<T>,
                                       ball_box_maximum<T>,
-                                      krelu_hull<T>};
+                                      krelu_hull<T>,
+                                      nullptr,
+                                      false};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }

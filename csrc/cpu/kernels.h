@@ -51,6 +51,7 @@ struct DualProductArgs {
   T* centre;        // [B, N]
   T* spread;        // [B, N]
   int64_t batch, rows, count;
+  const EnclosureArgs<T>* enclosure = nullptr;  // where Kernels::fuses_enclosure: of centre and spread, at once
 };
 
 // y = scale x + term on boxes, widened by kappa (|scale| max|x| + magnitude).
@@ -76,6 +77,37 @@ struct AddArgs {
   int64_t count;
   bool subtract, sound;
   T kappa;
+};
+
+// Both products of a convolution, or one of them: every product formed once, in blocks of kProductBlock.
+template <typename T>
+struct DualConvolutionArgs {
+  const T* input;   // [B, C, H, W]
+  const T* radius;  // [B, C, H, W], multiplied by |W|, or null
+  const T* weight;  // [O, C / groups, kernel]; transposed: [C, O / groups, kernel]
+  T* out;           // [B, O, out]
+  T* spread;        // [B, O, out], with `radius`
+  int64_t batch, in_channels, height, width, out_channels, out_height, out_width, kernel_y, kernel_x;
+  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, groups;
+  bool transposed;
+  const EnclosureArgs<T>* enclosure = nullptr;  // as in DualProductArgs
+};
+
+// The box of l_inf balls, cut by [low, high]: core/interval.h, linf_box.
+template <typename T>
+struct BallArgs {
+  const T *centre, *eps;  // [B, count], [B]
+  T low, high;
+  T *lower, *upper;  // [B, count]
+  int64_t batch, count;
+};
+
+// out = mid + sign(weight) radius: the gradient of a weight from those of W m and |W| r.
+template <typename T>
+struct SignArgs {
+  const T *mid, *radius, *weight;
+  T* out;
+  int64_t count;
 };
 
 // ---- error charges of back-substitution ------------------------------------------------------------------------
@@ -134,8 +166,9 @@ struct ProductArgs {
   int64_t segments;
   const int64_t* rows;  // [segments + 1]: first row of each, and M
   int64_t inner, columns;
-  const int64_t* live;    // columns of A that count, segment by segment; null: all
-  const int64_t* starts;  // [segments + 1] into `live`
+  const int64_t* live;     // columns of A that count, segment by segment; null: all
+  const int64_t* starts;   // [segments + 1] into `live`
+  int64_t total_rows = 0;  // M, for devices whose `rows` the host cannot read; there null means one segment
 };
 
 inline constexpr int64_t kProductBlock = 32;
@@ -305,6 +338,7 @@ struct RelayoutBackwardArgs {
   Window from, to;
   Extent extent;
   T* grad_rows;  // [T, from], added to
+  int64_t table_rows;
 };
 
 // ---- norm family -----------------------------------------------------------------------------------------------
@@ -389,6 +423,8 @@ struct Kernels {
   void (*dual_product)(const DualProductArgs<T>&);
   void (*scale)(const ScaleArgs<T>&);
   void (*add)(const AddArgs<T>&);
+  void (*linf_ball)(const BallArgs<T>&);
+  void (*with_sign)(const SignArgs<T>&);
   void (*magnitudes)(const MagnitudeArgs<T>&);
   void (*squares)(const SquaresArgs<T>&);
   void (*charge)(const ChargeArgs<T>&);
@@ -411,6 +447,8 @@ struct Kernels {
   void (*ball_box_backward)(const BallBoxBackwardArgs<T>&);
   void (*ball_box_maximum)(const BallBoxMaximumArgs<T>&);
   void (*krelu_hull)(const KreluArgs<T>&);
+  void (*convolve)(const DualConvolutionArgs<T>&);  // null: ATen's is faster
+  bool fuses_enclosure;                             // products of boxes also form the enclosure
 };
 
 // The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 
-// The loader picks the widest form the processor has; the arithmetic, and so every bit of the result, is the same.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// The loader picks the widest form the processor has; the arithmetic, and so every bit of the result, is the same. It
+// picks before a thread sanitizer has started.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #define PYCERT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define PYCERT_CLONES

@@ -40,7 +40,7 @@ std::vector<bool> passed(const Program& program, int64_t start) {
 
 // Where a row is good enough; upper bounds are lower bounds of negated rows.
 Tensor targets(const Start& start, double threshold) {
-  const Tensor all = at::full({start.count()}, threshold, at::kDouble);
+  const Tensor all = at::full({start.count()}, threshold, start.sample.options().dtype(at::kDouble));
   if (threshold == kInfinity || start.negative_from >= start.count()) return all;
   all.narrow(0, start.negative_from, start.count() - start.negative_from).neg_();
   return all;
@@ -63,8 +63,8 @@ class Ascender {
         sample_(std::move(sample)),
         sound_(std::move(sound)),
         options_(options) {
-    best_row_ = at::arange(sample_.size(0), at::kLong);
-    at_best_ = at::full({start_.count()}, -kInfinity, at::kDouble);
+    best_row_ = at::arange(sample_.size(0), sample_.options());
+    at_best_ = at::full({start_.count()}, -kInfinity, sound_.options());
     target_ = targets(start_, threshold);
     const auto reached = passed(plain.program(), start.node);
     for (int64_t i = 0; i <= start.node; ++i) {
@@ -162,7 +162,7 @@ class Ascender {
 
 // Rows of one group have the same slopes: the row itself, or its sample and side.
 std::pair<Tensor, Tensor> groups_of(const Start& start, bool shared) {
-  const Tensor row = at::arange(start.count(), at::kLong);
+  const Tensor row = at::arange(start.count(), start.sample.options());
   if (!shared) return {row, start.sample};
   const Tensor key = start.sample * 2 + row.ge(start.negative_from).to(at::kLong);
   const auto [unique, group, unused] = at::_unique2(key, true, true, false);
@@ -174,7 +174,7 @@ Tensor open_rows(const Start& start, const Tensor& lower, double threshold, bool
   const Tensor open = lower.gt(targets(start, threshold)).logical_not();
   if (!shared) return open.nonzero().flatten();
   const auto [group, sample] = groups_of(start, true);
-  const Tensor count = at::zeros({sample.size(0)}, at::kLong).index_add(0, group, open.to(at::kLong));
+  const Tensor count = at::zeros({sample.size(0)}, sample.options()).index_add(0, group, open.to(at::kLong));
   return count.index_select(0, group).nonzero().flatten();
 }
 
@@ -194,7 +194,7 @@ Slopes search_in_chunks(Context& context, Context& plain, const Start& start, co
   std::unordered_map<int64_t, std::vector<Tensor>> tables;
   int64_t groups = 0;
   in_chunks(context, start.count(), chunk, [&](int64_t begin, int64_t end) {
-    const Slopes part = search(plain, start.select(at::arange(begin, end, at::kLong)),
+    const Slopes part = search(plain, start.select(at::arange(begin, end, start.sample.options())),
                                sound.narrow(0, begin, end - begin), threshold, options.ascent);
     rows.push_back(part.row + groups);
     samples.push_back(part.sample);

@@ -18,6 +18,7 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/record.h"
 #include "ops/testing.h"
 
 namespace pycert::engine {
@@ -268,6 +269,7 @@ WalkResult Walk::run(int64_t start, Rows rows) {
   for (int64_t i = start; i >= 0; --i) {
     if (pending_[size_t(i)].empty()) continue;
     context_.options().interrupt();
+    const record::Layer layer(context_.device(), context_.program().node(i).label, "back-substitution");
     Rows merged = merge(i);
     pending_[size_t(i)].clear();
     if (stops(i))
@@ -556,7 +558,7 @@ void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
 void Walk::find_segments() {
   if (segments_.defined()) return;
   std::vector<int64_t> starts{0}, samples;
-  const Tensor sample = index_.sample.contiguous();
+  const Tensor sample = index_.sample.cpu().contiguous();
   const int64_t* of = sample.const_data_ptr<int64_t>();
   for (int64_t q = 0; q < index_.count(); ++q) {
     if (q > 0 && of[q] != of[q - 1]) starts.push_back(q);
@@ -569,7 +571,7 @@ void Walk::find_segments() {
 
 // Runs of rows whose zeros are the same where they come from the ReLUs of their sample: windows also share the place.
 Tensor Walk::alike(const Rows& rows) {
-  if (rows.source.source.defined()) return {};
+  if (rows.source.source.defined() || !index_.sample.is_cpu()) return {};
   find_segments();
   if (rows.window.dense) return segments_;
   if (!places_.defined()) {
@@ -588,6 +590,7 @@ Tensor Walk::alike(const Rows& rows) {
 LiveColumns Walk::live_columns(int64_t value) {
   constexpr int64_t kRowsThatPay = 48;
   constexpr double kShareThatPays = 0.85;
+  if (!index_.sample.is_cpu()) return {};  // finding them would wait for the device
   find_segments();
   const int64_t count = int64_t(segment_samples_.size());
   if (count == 0 || (count > 1 && index_.count() < count * kRowsThatPay)) return {};
@@ -729,9 +732,8 @@ void Walk::gather(int64_t i, Rows rows) {
   const int64_t in = context_.program().node(node.inputs[0]).numel;
   Tensor flat = rows.data.flatten(1), index = node.gather;
   if (node.gather_outside.defined()) {
-    const Tensor kept = (~node.gather_outside).nonzero().flatten();
-    flat = flat.index_select(1, kept);
-    index = index.index_select(0, kept);
+    flat = flat.index_select(1, node.gather_kept);
+    index = index.index_select(0, node.gather_kept);
   }
   rows.data = at::zeros({flat.size(0), in}, flat.options()).index_add(1, index, flat);
   rows.at_start = false;
@@ -834,7 +836,7 @@ void Walk::pool(int64_t i, Rows rows) {
   const double slack = context_.dtype() == at::kFloat ? 0x1p-24 : 0x1p-53;
   add_constant(term, context_.sound() ? 2 * slack : 0);
   const int64_t in = context_.program().node(node.inputs[0]).numel;
-  const Tensor kept = node.pool_index.flatten().ge(0).nonzero().flatten();
+  const Tensor& kept = node.pool_kept;
   Rows next;
   next.data =
       at::zeros({flat.size(0), in}, flat.options())
@@ -890,7 +892,13 @@ WalkResult Walk::finish() {
       const double lost = enabled(Term::Underflow) ? (terms_ + 64) * 0x1p-1021 : 0;  // products of doubles
       constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + lost;
       if (!lost_sums_.empty()) {
-        const Tensor of_samples = at::stack(lost_sums_, 1).mv(at::tensor(lost_factors_, sums_.options()));
+        Tensor of_samples;
+        if (sums_.is_cpu())
+          of_samples = at::stack(lost_sums_, 1).mv(at::tensor(lost_factors_, sums_.options()));
+        else  // the factors stay on the host: nothing is copied
+          for (size_t k = 0; k < lost_sums_.size(); ++k)
+            of_samples =
+                k == 0 ? lost_sums_[0] * lost_factors_[0] : at::add(of_samples, lost_sums_[k], lost_factors_[k]);
         constant_error = constant_error + of_samples.index_select(0, index_.sample);
       }
       error = constant_error + value_magnitude_ * of_sums;

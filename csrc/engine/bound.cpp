@@ -10,6 +10,7 @@
 #include <new>
 
 #include "engine/backward.h"
+#include "ops/record.h"
 
 namespace pycert::engine {
 
@@ -18,6 +19,11 @@ namespace {
 // Larger chunks are slower: the rows leave the cache and every fresh page is paid for (measured: a step of 14 MiB
 // is 1.4 times faster than one of 170).
 constexpr int64_t kChunkBytes = int64_t(14) << 20;
+
+// Other devices have no such cache: whatever the budget holds at once.
+int64_t preferred_bytes(const Context& context, int64_t of_processor) {
+  return context.device().is_cpu() ? of_processor : context.options().memory;
+}
 
 Tensor twice(const Tensor& t, bool both) { return both ? at::cat({t, t}) : t; }
 
@@ -229,7 +235,7 @@ void Context::refine(int64_t i, bool all) {
   const auto& [old_lower, old_upper] = box(i);
   Tensor sample, element;
   if (all) {
-    const Tensor row = at::arange(batch_ * node.numel, at::kLong);
+    const Tensor row = at::arange(batch_ * node.numel, index_options());
     sample = row.floor_divide(node.numel);
     element = row.remainder(node.numel);
   } else {
@@ -245,10 +251,11 @@ void Context::refine(int64_t i, bool all) {
     sample = sample.index_select(0, order);
     element = element.index_select(0, order);
   }
+  const record::Bounding bounding(node.label, 2 * sample.size(0), batch_ * node.numel);
   const RowCost cost = row_cost(*this, i, true, false);
   const double threshold = only_sign_matters(program_, i) ? 0 : std::numeric_limits<double>::infinity();
   std::vector<Tensor> lowers, uppers;
-  in_chunks(*this, sample.size(0), chunk_rows(2 * cost.bytes, options_.memory, kChunkBytes),
+  in_chunks(*this, sample.size(0), chunk_rows(2 * cost.bytes, options_.memory, preferred_bytes(*this, kChunkBytes)),
             [&](int64_t begin, int64_t end) {
               const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
               const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin};
@@ -284,16 +291,17 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
   const int64_t count = spec.has_value() ? spec->count : node.numel, total = batch * count;
   const Side side = context.options().side;
   const Sides sides{side == Side::Both, side == Side::Upper};
+  const record::Bounding bounding("output", sides.copies() * total, total);
   const RowCost cost = row_cost(context, output, !spec.has_value(), stop_at_activations);
-  const int64_t chunk =
-      context.grad() ? total
-                     : chunk_rows(double(sides.copies()) * cost.bytes, context.options().memory, kChunkBytes * 4);
+  const int64_t chunk = context.grad() ? total
+                                       : chunk_rows(double(sides.copies()) * cost.bytes, context.options().memory,
+                                                    preferred_bytes(context, kChunkBytes * 4));
   std::vector<Tensor> lowers, uppers, low_constants, up_constants;
   const size_t inputs = size_t(context.program().input_count());
   std::vector<std::vector<Tensor>> low_A(inputs), up_A(inputs);
   in_chunks(context, total, chunk, [&](int64_t begin, int64_t end) {
     const int64_t rows_here = end - begin;
-    const Tensor row = at::arange(begin, end, at::kLong);
+    const Tensor row = at::arange(begin, end, context.index_options());
     Start start;
     start.node = output;
     start.sample = twice(row.floor_divide(count), sides.both);
@@ -305,7 +313,7 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
       start.source = twice(spec->source.narrow(0, begin, rows_here), sides.both);
     } else {
       start.table = spec->rows.narrow(0, begin, rows_here);
-      if (sides.both) start.source = twice(at::arange(rows_here, at::kLong), true);
+      if (sides.both) start.source = twice(at::arange(rows_here, context.index_options()), true);
     }
     const Ascent& ascent = context.options().ascent;
     const WalkResult result = ascent.iterations > 0 && !stop_at_activations
@@ -433,7 +441,8 @@ std::pair<double, double> Context::estimate(const std::optional<Spec>& spec) {
     const double times = found ? 3 + 2 * double(asked.ascent.iterations) : 1;
     flops += rows * double(copies) * cost.flops * times;
     const double row = double(copies) * (found ? ascent_bytes(*this, start) : cost.bytes);
-    chunk_bytes = std::max(chunk_bytes, row * std::min(rows, double(chunk_rows(row, options_.memory, preferred))));
+    const int64_t chunk = chunk_rows(row, options_.memory, preferred_bytes(*this, preferred));
+    chunk_bytes = std::max(chunk_bytes, row * std::min(rows, double(chunk)));
   };
   if (options_.method == Method::Crown)
     for (int64_t i : program_.preactivations())

@@ -90,7 +90,7 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
   PrecisionGuard guard;
   const bool dense = node.op == Op::Linear, transposed = node.conv.transposed;
   const Tensor plain = weight(node).detach();
-  double ours = double(product_chain(plain.size(0), dtype_)), terms = double(plain.size(1));
+  double ours = double(product_chain(plain.size(0), plain)), terms = double(plain.size(1));
   const int64_t channels = dense ? plain.size(0) : node.shape[0];
   if (!dense) {
     const int64_t taps = plain.size(2) * plain.size(3), groups = node.conv.groups;

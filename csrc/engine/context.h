@@ -157,6 +157,8 @@ class Context {
   int64_t batch() const { return batch_; }
   at::TensorOptions tensor_options() const { return regions_[0].lower.options(); }
   at::ScalarType dtype() const { return dtype_; }
+  c10::Device device() const { return regions_[0].lower.device(); }
+  at::TensorOptions index_options() const { return tensor_options().dtype(at::kLong); }
 
  private:
   const Lines& flattest_lines(int64_t activation);

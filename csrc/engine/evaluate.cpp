@@ -78,6 +78,11 @@ std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs
         values[i] = at::linear(in(0), c.weight(node), optional_of(c.bias(node)));
         break;
       case Op::Conv:
+        if (!in(0).is_cpu() && !any_needs_grad(in(0), c.weight(node), c.bias(node))) {  // cuDNN may transform
+          values[i] = direct_conv2d(in(0), c.weight(node), node.conv);
+          if (c.bias(node).defined()) values[i] = values[i] + c.bias(node).view({-1, 1, 1});
+          break;
+        }
         values[i] =
             at::convolution(in(0), c.weight(node), optional_of(c.bias(node)), node.conv.stride, node.conv.padding,
                             node.conv.dilation, node.conv.transposed, node.conv.output_padding, node.conv.groups);

@@ -9,12 +9,14 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/rsqrt.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/var_mean.h>
 #include <ATen/ops/where.h>
 
 #include <limits>
 
 #include "engine/context.h"
+#include "ops/record.h"
 #include "ops/relaxation.h"
 #include "ops/testing.h"
 
@@ -46,7 +48,7 @@ Tensor canonical(const Tensor& t, const Node& node) {
 }  // namespace
 
 Context::Context(const Program& program, std::vector<Tensor> params, std::vector<InputRegion> regions, Options options)
-    : program_(program),
+    : program_(program.on(regions.at(0).lower.device())),
       params_(std::move(params)),
       regions_(std::move(regions)),
       options_(std::move(options)),
@@ -187,10 +189,12 @@ void Context::find_centres() {
   }
   Context exact(program_, params_, std::move(regions), options_);
   exact.convert_ = true;
+  std::vector<Tensor> finite;
   for (const Tensor& value : evaluate(exact, inputs, nullptr, dtype_)) {
-    if (!value.isfinite().all().item<bool>()) return centres_.clear();
+    finite.push_back(value.isfinite().all());
     centres_.push_back(value.reshape({batch_, -1}).to(dtype_));
   }
+  if (!at::stack(finite).all().item<bool>()) centres_.clear();
 }
 
 // Sums over several elements by ATen, widened by gamma times the sum of magnitudes.
@@ -389,6 +393,7 @@ void Context::propagate(int64_t last, bool forget) {
       boxes_[size_t(i)] = given->second;
       continue;
     }
+    const record::Layer layer(device(), node.label, "intervals");
     boxes_[size_t(i)] = interval_step(i);
     if (forget &&
         !ball) {  // plain intervals: a box is read by its consumers alone, and its memory serves the next ones

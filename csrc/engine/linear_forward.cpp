@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "engine/backward.h"
+#include "ops/record.h"
 
 namespace pycert::engine {
 
@@ -321,7 +322,7 @@ void ForwardWalk::step(int64_t i) {
 // Lower bounds of rows [B, d + 1, n]: [B, n].
 Tensor ForwardWalk::lowest(const Tensor& rows) {
   const int64_t batch = c_.batch(), n = rows.size(2);
-  const RowIndex index{at::arange(batch, at::kLong).repeat_interleave(n), {}};
+  const RowIndex index{at::arange(batch, c_.index_options()).repeat_interleave(n), {}};
   const Tensor by_row = rows.transpose(1, 2);
   Tensor total = by_row.select(2, count_).reshape({-1}).to(at::kDouble), magnitude = total.detach().abs();
   int64_t first = 0;
@@ -355,6 +356,7 @@ BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
   const int64_t output = program.output(), batch = c_.batch();
   for (int64_t i = 0; i <= output; ++i) {
     c_.options().interrupt();
+    const record::Layer layer(c_.device(), c_.program().node(int64_t(i)).label, "forward lines");
     Box box = c_.interval_step(i);
     c_.set_box(i, box);
     const Node& node = program.node(i);

@@ -4,6 +4,8 @@
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/full.h>
 
+#include <map>
+#include <mutex>
 #include <numeric>
 
 #include "core/relaxation.h"
@@ -130,7 +132,29 @@ constexpr int64_t kNonAffine = 1000000;
 
 }  // namespace
 
-Program::Program(std::vector<Node> nodes, int64_t output) : nodes_(std::move(nodes)), output_(output) {
+struct Program::Copies {
+  std::mutex mutex;
+  std::map<std::string, std::unique_ptr<Program>> by_device;
+};
+
+const Program& Program::on(c10::Device device) const {
+  if (device == device_) return *this;
+  const std::lock_guard<std::mutex> lock(copies_->mutex);
+  auto& copy = copies_->by_device[device.str()];
+  if (!copy) {
+    copy = std::make_unique<Program>(*this);
+    copy->device_ = device;
+    copy->copies_ = std::make_shared<Copies>();
+    for (Node& node : copy->nodes_)
+      for (Tensor* t : {&node.gather, &node.gather_clamped, &node.gather_outside, &node.gather_kept, &node.pool_index,
+                        &node.pool_kept})
+        if (t->defined()) *t = t->to(device);
+  }
+  return *copy;
+}
+
+Program::Program(std::vector<Node> nodes, int64_t output)
+    : nodes_(std::move(nodes)), output_(output), copies_(std::make_shared<Copies>()) {
   TORCH_CHECK_VALUE(output_ >= 0 && output_ < int64_t(nodes_.size()), "Program: output must be one of ", nodes_.size(),
                     " nodes, got ", output_);
   relaxed_by_.assign(nodes_.size(), false);
@@ -194,10 +218,14 @@ void Program::derive(Node& node, int64_t position) {
       node.bilinear = {node.numel / std::max<int64_t>(1, rows * columns), rows, terms, columns};
     }
   }
-  if (node.op == Op::MaxPool) node.pool_index = pool_positions(node, nodes_[size_t(node.inputs[0])]);
+  if (node.op == Op::MaxPool) {
+    node.pool_index = pool_positions(node, nodes_[size_t(node.inputs[0])]);
+    node.pool_kept = node.pool_index.flatten().ge(0).nonzero().flatten();
+  }
   if (node.op == Op::Gather) {
     const Tensor outside = node.gather.lt(0);
     if (outside.any().item<bool>()) node.gather_outside = outside;
+    node.gather_kept = (~outside).nonzero().flatten();
     node.gather_clamped = node.gather.clamp_min(0);
     // an element that stands twice in the result counts as mixed: a later layer may add the copies
     const Tensor inside = node.gather.masked_select(node.gather.ge(0));

@@ -7,6 +7,7 @@
 #include <array>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -70,6 +71,7 @@ struct Node {
   std::vector<int64_t> shape;
   std::vector<int64_t> params;
   std::string path, name;  // name: of a custom activation
+  std::string label;       // path and operator, for profiles
   ConvGeometry conv;       // stride, padding, dilation also of pools
   Pair kernel{1, 1};
   bool ceil_mode = false, count_include_pad = true;
@@ -89,6 +91,7 @@ struct Node {
   bool interval_exact = false;  // the interval bound over a box is exact: at most one mixing layer, no activation
   Tensor pool_index;            // MaxPool: [numel, K] positions in the flattened input, -1 for padding
   Tensor gather_clamped, gather_outside;  // Gather: index with 0 for -1; mask of -1, undefined where there is none
+  Tensor gather_kept, pool_kept;          // positions of `gather` and of flattened `pool_index` that are not -1
   int64_t multiplicity = 1;               // Gather: how often one element stands in the result at most
 
   Extent extent() const;
@@ -118,6 +121,8 @@ class Program {
   // max2, min2.
   const std::vector<int64_t>& preactivations() const { return preactivations_; }
   bool is_preactivation(int64_t i) const { return relaxed_by_[size_t(i)]; }
+  // The same program with its index tensors on the device; made once.
+  const Program& on(c10::Device device) const;
 
  private:
   void check(const Node& node, int64_t position) const;
@@ -126,6 +131,9 @@ class Program {
   int64_t output_, input_count_ = 0;
   std::vector<int64_t> preactivations_;
   std::vector<bool> relaxed_by_;
+  c10::Device device_{c10::kCPU};
+  struct Copies;
+  std::shared_ptr<Copies> copies_;
 };
 
 }  // namespace pycert::engine

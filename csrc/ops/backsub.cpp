@@ -7,10 +7,13 @@
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/searchsorted.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "ops/device.h"
 
 namespace pycert {
 
@@ -106,7 +109,7 @@ std::tuple<Tensor, Tensor> relax_cpu(const Tensor& rows, const OptionalTensor& s
                                s,
                                c.defined() ? s + m.map.count : nullptr,
                                c.defined() ? s + 2 * m.map.count : nullptr};
-    cpu::kernels<scalar_t>().relax(a);
+    kernels<scalar_t>(r)->relax(a);
   });
   return {out, sums};
 }
@@ -125,7 +128,7 @@ Tensor dot_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negativ
     cpu::DotArgs<scalar_t> a{
         r.const_data_ptr<scalar_t>(), m.map, w, e, pointer<scalar_t>(b), pointer<scalar_t>(c), s, s + m.map.count,
         s + 2 * m.map.count};
-    cpu::kernels<scalar_t>().dot(a);
+    kernels<scalar_t>(r)->dot(a);
   });
   return sums;
 }
@@ -139,7 +142,7 @@ Tensor relayout_cpu(const Tensor& rows, const OptionalTensor& source, int64_t ne
   check_rows(r, m, f, e, "relayout_rows");
   Tensor out = at::empty(rows_shape(m.map.count, t, e), r.options());
   AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relayout_rows", [&] {
-    cpu::kernels<scalar_t>().relayout({r.const_data_ptr<scalar_t>(), m.map, f, t, e, out.data_ptr<scalar_t>(), false});
+    kernels<scalar_t>(r)->relayout({r.const_data_ptr<scalar_t>(), m.map, f, t, e, out.data_ptr<scalar_t>(), false});
   });
   return out;
 }
@@ -168,7 +171,7 @@ Tensor concretize_cpu(const Tensor& rows, const OptionalTensor& source, int64_t 
                                        int(norm),
                                        o,
                                        o + m.map.count};
-    cpu::kernels<scalar_t>().concretize(args);
+    kernels<scalar_t>(r)->concretize(args);
   });
   return out;
 }
@@ -177,13 +180,17 @@ Tensor concretize_cpu(const Tensor& rows, const OptionalTensor& source, int64_t 
 std::pair<Tensor, Tensor> by_group(const Tensor& group, int64_t groups) {
   const Tensor order = at::argsort(group, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   Tensor starts = at::zeros({groups + 1}, group.options());
-  starts.narrow(0, 1, groups).copy_(at::bincount(group, {}, groups).cumsum(0));
+  // on other devices counting would wait for the largest value
+  starts.narrow(0, 1, groups)
+      .copy_(group.is_cpu() ? at::bincount(group, {}, groups).cumsum(0)
+                            : at::searchsorted(group.index_select(0, order), at::arange(groups, group.options()),
+                                               /*out_int32=*/false, /*right=*/true));
   return {order, starts};
 }
 
 // Every row a group of its own.
-std::pair<Tensor, Tensor> by_row(int64_t rows) {
-  const Tensor order = at::arange(rows + 1, at::kLong);
+std::pair<Tensor, Tensor> by_row(const Tensor& sample) {
+  const Tensor order = at::arange(sample.size(0) + 1, sample.options());
   return {order, order};
 }
 
@@ -203,7 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_cpu(
   const Tensor r = rows.contiguous(), g = grad_out.contiguous(), gc = grad_sums.select(0, 0).contiguous();
   const Tensor ls = lower_slope.contiguous(), us = upper_slope.contiguous(), ui = upper_intercept.contiguous();
   const Tensor li = contiguous(lower_intercept), b = contiguous(bias), lower_at = contiguous(lower_row);
-  const auto [order, starts] = !of_lower && !of_upper ? by_row(m.map.count)
+  const auto [order, starts] = !of_lower && !of_upper ? by_row(m.sample)
                                : lower_at.defined()   ? by_group(lower_at, ls.size(0))
                                                       : by_group(m.sample, ls.size(0));
   const auto zeros = [](bool is_wanted, const Tensor& like) {
@@ -237,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_cpu(
                                        into(grad_li, as),
                                        into(grad_us, as),
                                        into(grad_ui, as)};
-    cpu::kernels<scalar_t>().relax_backward(a);
+    kernels<scalar_t>(r)->relax_backward(a);
   });
   return {grad_rows, grad_ls, grad_li, grad_us, grad_ui};
 }
@@ -250,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, c
   const Tensor r = rows.contiguous(), a = first.contiguous(), b = second.contiguous();
   const Tensor gv = grad.select(0, 0).contiguous();
   const bool box = of_region && norm == 0, ball = of_region && norm != 0;
-  const auto [order, starts] = of_region ? by_group(m.sample, a.size(0)) : by_row(m.map.count);
+  const auto [order, starts] = of_region ? by_group(m.sample, a.size(0)) : by_row(m.sample);
   Tensor grad_rows = at::empty_like(r), grad_first, grad_second;
   if (of_region) {
     grad_first = at::zeros_like(a);
@@ -276,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, c
                                                box ? grad_second.data_ptr<scalar_t>() : nullptr,
                                                ball ? grad_first.data_ptr<scalar_t>() : nullptr,
                                                ball ? grad_second.data_ptr<double>() : nullptr};
-    cpu::kernels<scalar_t>().concretize_backward(args);
+    kernels<scalar_t>(r)->concretize_backward(args);
   });
   return {grad_rows, grad_first, of_region ? grad_second.to(b.scalar_type()) : Tensor()};
 }
@@ -290,8 +297,8 @@ Tensor relayout_backward_cpu(const Tensor& grad_out, int64_t table_rows, const O
   const Tensor g = grad_out.contiguous();
   Tensor grad_rows = at::zeros(rows_shape(table_rows, f, e), g.options());
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "relayout_rows_backward", [&] {
-    cpu::kernels<scalar_t>().relayout_backward(
-        {g.const_data_ptr<scalar_t>(), m.map, f, window_of(to), e, grad_rows.data_ptr<scalar_t>()});
+    kernels<scalar_t>(g)->relayout_backward(
+        {g.const_data_ptr<scalar_t>(), m.map, f, window_of(to), e, grad_rows.data_ptr<scalar_t>(), table_rows});
   });
   return grad_rows;
 }
@@ -459,7 +466,7 @@ void ascend_cpu(const Tensor& slope, const Tensor& first, const Tensor& second, 
   for (const Tensor& t : {slope, first, second, best, lowest, highest, sample, best_row, improved})
     TORCH_CHECK_VALUE(t.is_contiguous(), "ascend_slopes: tensors must be contiguous");
   AT_DISPATCH_FLOATING_TYPES(slope.scalar_type(), "ascend_slopes", [&] {
-    cpu::kernels<scalar_t>().ascend(
+    kernels<scalar_t>(slope)->ascend(
         {slope.size(0), slope.size(1), slope.data_ptr<scalar_t>(), first.data_ptr<scalar_t>(),
          second.data_ptr<scalar_t>(), best.data_ptr<scalar_t>(), g.const_data_ptr<scalar_t>(),
          lowest.const_data_ptr<scalar_t>(), highest.const_data_ptr<scalar_t>(), sample.const_data_ptr<int64_t>(),
@@ -549,7 +556,8 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "lowest, Tensor highest, Tensor sample, Tensor best_row, Tensor improved, int step, float rate) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(pycert, CPU, m) {
+// Every device by the same functions: device.h has the kernels of each.
+static void register_backsub(torch::Library& m) {
   m.impl("relax_rows", relax_cpu);
   m.impl("relax_rows_backward", relax_backward_cpu);
   m.impl("dot_rows", dot_cpu);
@@ -559,6 +567,8 @@ TORCH_LIBRARY_IMPL(pycert, CPU, m) {
   m.impl("concretize_rows_backward", concretize_backward_cpu);
   m.impl("ascend_slopes", ascend_cpu);
 }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_backsub(m); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_backsub(m); }
 
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) {
   m.impl("relax_rows", relax_autograd);

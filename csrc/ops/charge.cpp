@@ -8,7 +8,7 @@
 
 #include <limits>
 
-#include "cpu/kernels.h"
+#include "ops/device.h"
 
 namespace pycert {
 
@@ -29,9 +29,9 @@ std::tuple<Tensor, Tensor> magnitudes_cpu(const Tensor& lower, const Tensor& upp
   Tensor size = at::empty_like(l), stats = at::empty({4, rows}, l.options().dtype(at::kDouble));
   double* s = stats.data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "magnitudes", [&] {
-    cpu::kernels<scalar_t>().magnitudes({l.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(),
-                                         size.data_ptr<scalar_t>(), s, s + rows, s + 2 * rows, s + 3 * rows, rows,
-                                         length});
+    kernels<scalar_t>(l)->magnitudes({l.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(),
+                                      size.data_ptr<scalar_t>(), s, s + rows, s + 2 * rows, s + 3 * rows, rows,
+                                      length});
   });
   return {size, stats};
 }
@@ -49,7 +49,7 @@ Tensor squares_cpu(const Tensor& values) {
   Tensor out = live ? at::empty({2, rows, inner}, options) : at::empty({rows}, options);
   double* o = out.data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "squares", [&] {
-    cpu::kernels<scalar_t>().squares(
+    kernels<scalar_t>(v)->squares(
         {v.const_data_ptr<scalar_t>(), o, live ? o + rows * inner : nullptr, rows, v.size(1), inner});
   });
   return out;
@@ -93,7 +93,7 @@ Tensor affine_charge_cpu(const Tensor& like, at::IntArrayRef shape, const Option
     const ChargeFactors<scalar_t> factors{above(constants[0]), above(constants[1]), above(constants[2]),
                                           above(constants[3]), 2 * kUnit<scalar_t>, above(constants[4])};
     const double* of_windows = both.const_data_ptr<double>();
-    cpu::kernels<scalar_t>().charge({pointer(a),
+    kernels<scalar_t>(like)->charge({pointer(a),
                                      weights.defined() ? weights.const_data_ptr<double>() : nullptr,
                                      of_windows,
                                      of_windows + rows * groups * inner,
@@ -160,10 +160,13 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "bool network, float[] constants) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(pycert, CPU, m) {
+// Every device by the same functions: device.h has the kernels of each.
+static void register_charge(torch::Library& m) {
   m.impl("magnitudes", magnitudes_cpu);
   m.impl("squares", squares_cpu);
   m.impl("affine_charge", affine_charge_cpu);
 }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_charge(m); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_charge(m); }
 
 }  // namespace pycert

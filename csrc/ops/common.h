@@ -24,6 +24,33 @@ namespace pycert {
 // of the network in its own floating point.
 enum class Soundness : int64_t { None = 0, Real = 1, Deployed = 2 };
 
+// What cuBLAS and cuDNN may do meanwhile: float32 products in float32, and the same algorithm every time.
+class CudaPrecisionGuard {
+ public:
+  CudaPrecisionGuard() {
+    static const bool has_cuda = at::globalContext().hasCUDA();
+    if (!has_cuda) return;
+    auto& context = at::globalContext();
+    matmul_ = context.allowTF32CuBLAS();
+    convolution_ = context.allowTF32CuDNN();
+    varying_ = !context.deterministicCuDNN();
+    if (matmul_) context.setAllowTF32CuBLAS(false);
+    if (convolution_) context.setAllowTF32CuDNN(false);
+    if (varying_) context.setDeterministicCuDNN(true);
+  }
+  ~CudaPrecisionGuard() {
+    auto& context = at::globalContext();
+    if (matmul_) context.setAllowTF32CuBLAS(true);
+    if (convolution_) context.setAllowTF32CuDNN(true);
+    if (varying_) context.setDeterministicCuDNN(false);
+  }
+  CudaPrecisionGuard(const CudaPrecisionGuard&) = delete;
+  CudaPrecisionGuard& operator=(const CudaPrecisionGuard&) = delete;
+
+ private:
+  bool matmul_ = false, convolution_ = false, varying_ = false;
+};
+
 // Inside it float32 products are float32 products: no autocast, no reduced-precision matrix multiplication.
 class PrecisionGuard {
  public:
@@ -59,6 +86,7 @@ class PrecisionGuard {
 
  private:
   c10::impl::ExcludeDispatchKeyGuard no_autocast_;
+  CudaPrecisionGuard cuda_;
 #if PYCERT_PRECISION_PER_OPERATOR
   static constexpr std::array<at::Float32Op, 2> kOperators{at::Float32Op::MATMUL, at::Float32Op::CONV};
   static bool reduced(at::Float32Precision p) {

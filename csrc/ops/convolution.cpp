@@ -5,8 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/kernels.h"
-#include "ops/product.h"
+#include "ops/device.h"
 
 namespace pycert {
 
@@ -22,10 +21,15 @@ std::pair<int64_t, int64_t> channels_of(const Tensor& weight, const ConvGeometry
   return g.transposed ? std::pair{first, second} : std::pair{second, first};
 }
 
+// Other devices have one kernel for all convolutions, direct_conv2d's.
 bool has_kernel(const Tensor& weight, const ConvGeometry& g) {
   constexpr int64_t kProductsThatPay = 16;
+  if (!weight.is_cpu()) return false;
+  const bool has = weight.scalar_type() == at::kFloat
+                       ? device_kernels<float>(weight.device()).main.convolve_rows != nullptr
+                       : device_kernels<double>(weight.device()).main.convolve_rows != nullptr;
   const auto [inner, outer] = channels_of(weight, g);
-  return has_product_kernels(weight.scalar_type()) && inner * outer >= std::min(kProductsThatPay, weight.numel());
+  return has && inner * outer >= std::min(kProductsThatPay, weight.numel());
 }
 
 int64_t size_after(int64_t size, int64_t taps, const ConvGeometry& g, size_t axis) {
@@ -78,7 +82,7 @@ Tensor by_kernel(const Tensor& rows, const Tensor& weight, const ConvGeometry& g
     return out;
   }
   AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "convolution", [&] {
-    cpu::kernels<scalar_t>().convolve_rows(arguments(static_cast<scalar_t*>(nullptr)));
+    kernels<scalar_t>(rows)->convolve_rows(arguments(static_cast<scalar_t*>(nullptr)));
   });
   return out;
 }
@@ -140,5 +144,6 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 }
 
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("rows_convolution", rows_convolution_cpu); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { m.impl("rows_convolution", rows_convolution_cpu); }
 
 }  // namespace pycert

@@ -1,7 +1,6 @@
 #include "ops/interval.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/abs.h>
 #include <ATen/ops/cat.h>
@@ -20,17 +19,20 @@
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <limits>
 
-#include "cpu/kernels.h"
 #include "ops/convolution.h"
+#include "ops/device.h"
 #include "ops/product.h"
+#include "ops/record.h"
 #include "ops/testing.h"
 
 namespace pycert {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using record::Cost;
 
 double gamma(double n, at::ScalarType dtype) {
   const double u = dtype == at::kFloat ? 0x1p-24 : 0x1p-53;
@@ -44,7 +46,13 @@ constexpr int64_t kSingle = 1024;
 
 int64_t blocked_chain(int64_t count) { return count <= kSingle ? count : kBlock + (count + kBlock - 1) / kBlock; }
 
+static Cost product_cost(const Tensor& a, const Tensor& b, double times = 1) {
+  const double m = double(a.size(0)), k = double(a.size(1)), n = double(b.size(1));
+  return {times * double(a.element_size()) * (m * k + k * n + m * n), times * 2 * m * k * n};
+}
+
 Tensor mm_blocked(const Tensor& a, const Tensor& b) {
+  const record::Kernel range(a.device(), "mm", product_cost(a, b));
   const int64_t count = a.size(1);
   if (count <= kSingle) return at::mm(a, b);
   Tensor sum = at::mm(a.narrow(1, 0, kBlock), b.narrow(0, 0, kBlock));
@@ -72,31 +80,50 @@ static Tensor conv_by_groups(const Tensor& input, const Tensor& weight, const Co
 // then several rows against all samples.
 constexpr int64_t kSmallBatch = 4, kMediumBatch = 32;
 
-static bool one_pass(int64_t batch, at::ScalarType dtype) {
-  return batch <= kSmallBatch || (batch <= kMediumBatch && has_product_kernels(dtype));
+// On other devices than the processor always: one kernel for every size.
+static bool one_pass(int64_t batch, const Tensor& weight) {
+  return batch <= kSmallBatch || !weight.is_cpu() || (batch <= kMediumBatch && has_product_kernels(weight));
 }
 
 // Length of the summation chains of linear_products, both given.
-static int64_t linear_chain(int64_t batch, int64_t count, at::ScalarType dtype) {
-  if (!one_pass(batch, dtype)) return blocked_chain(count);
-  if (batch > kSmallBatch) return product_chain(count, dtype);
-  const int64_t lanes = 128 / int64_t(c10::elementSize(dtype));
+static int64_t linear_chain(int64_t batch, const Tensor& weight) {
+  const int64_t count = weight.size(1);
+  if (!one_pass(batch, weight)) return blocked_chain(count);
+  if (batch > kSmallBatch) return product_chain(count, weight);
+  const int64_t lanes = 128 / int64_t(weight.element_size());
   return (count + lanes - 1) / lanes + 5;  // dual_row: K / lanes additions a strand, then log2(lanes) <= 5
 }
 
-Box linear_products(const Tensor& weight, const Tensor& mid, const Tensor& radius, bool with_first) {
-  const int64_t batch = mid.size(0), rows = weight.size(0), count = weight.size(1);
-  const bool own = one_pass(batch, weight.scalar_type()) && (with_first || batch <= kSmallBatch);
-  if (!own) return {with_first ? mm_blocked(mid, weight.t()) : Tensor(), mm_blocked(radius, weight.abs().t())};
+template <typename T>
+static void dual_product_into(const Tensor& weight, const Tensor& mid, const Tensor& radius, const Tensor& centre,
+                              const Tensor& spread, const cpu::EnclosureArgs<T>* enclosure) {
+  const int64_t batch = mid.size(0);
   const Tensor w = weight.contiguous(), m = mid.contiguous(), r = radius.contiguous();
-  Tensor centre = at::empty({batch, rows}, m.options()), spread = at::empty({batch, rows}, m.options());
-  AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "linear_products", [&] {
-    const auto& kernels = cpu::kernels<scalar_t>();
-    const auto product = batch <= kSmallBatch ? kernels.dual_product : kernels.dual_product_many;
-    product({w.const_data_ptr<scalar_t>(), m.const_data_ptr<scalar_t>(), r.const_data_ptr<scalar_t>(),
-             centre.data_ptr<scalar_t>(), spread.data_ptr<scalar_t>(), batch, rows, count});
-  });
+  const auto on = kernels<T>(w);
+  const auto product = batch <= kSmallBatch ? on->dual_product : on->dual_product_many;
+  TORCH_CHECK(product != nullptr, "dual_product: no kernel for ", batch, " samples on ", w.device());
+  product({w.const_data_ptr<T>(), m.const_data_ptr<T>(), r.const_data_ptr<T>(), centre.data_ptr<T>(),
+           spread.data_ptr<T>(), batch, w.size(0), w.size(1), enclosure});
+}
+
+static Box dual_product(const Tensor& weight, const Tensor& mid, const Tensor& radius) {
+  Tensor centre = at::empty({mid.size(0), weight.size(0)}, mid.options()), spread = at::empty_like(centre);
+  AT_DISPATCH_FLOATING_TYPES(weight.scalar_type(), "linear_products",
+                             [&] { dual_product_into<scalar_t>(weight, mid, radius, centre, spread, nullptr); });
   return {centre, spread};
+}
+
+// On the processor without the dispatcher, which small networks would notice.
+Box linear_products(const Tensor& weight, const Tensor& mid, const Tensor& radius, bool with_first) {
+  const int64_t batch = mid.size(0);
+  if (!weight.is_cpu()) {
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("pycert::dual_product", "").typed<decltype(dual_product)>();
+    return op.call(weight, mid, radius);
+  }
+  const bool own = one_pass(batch, weight) && (with_first || batch <= kSmallBatch);
+  if (own) return dual_product(weight, mid, radius);
+  return {with_first ? mm_blocked(mid, weight.t()) : Tensor(), mm_blocked(radius, weight.abs().t())};
 }
 
 // A strided transposed convolution as one plain convolution whose output channels are the stride's phases: oneDNN's own
@@ -120,9 +147,9 @@ static Tensor conv_transposed_by_phases(const Tensor& input, const Tensor& weigh
   const Tensor parts = direct_conv2d(input.contiguous(), phases, plain).contiguous();
   Tensor image = at::empty({input.size(0), out, height, width}, parts.options());
   AT_DISPATCH_FLOATING_TYPES(parts.scalar_type(), "conv_transposed_by_phases", [&] {
-    cpu::kernels<scalar_t>().interleave({parts.const_data_ptr<scalar_t>(), image.data_ptr<scalar_t>(),
-                                         input.size(0) * out, s[0], s[1], rows, columns, height, width, g.padding[0],
-                                         g.padding[1]});
+    kernels<scalar_t>(parts)->interleave({parts.const_data_ptr<scalar_t>(), image.data_ptr<scalar_t>(),
+                                          input.size(0) * out, s[0], s[1], rows, columns, height, width, g.padding[0],
+                                          g.padding[1]});
   });
   return image;
 }
@@ -137,7 +164,103 @@ static bool unfolds_faster(const Tensor& input, const Tensor& weight, const Conv
   return double(input.size(0)) * (4 + columns / 1400) < 38;
 }
 
+static bool has_own_convolution(const Tensor& like) {
+  if (!like.is_cpu()) return true;
+  return like.scalar_type() == at::kFloat ? device_kernels<float>(like.device()).main.convolve != nullptr
+                                          : device_kernels<double>(like.device()).main.convolve != nullptr;
+}
+
+// Sizes and geometry of a convolution; pointers are left out.
+template <typename T>
+static cpu::DualConvolutionArgs<T> convolution_args(const Tensor& x, const Tensor& w, const ConvGeometry& g) {
+  const auto size = [&](size_t axis) {
+    const int64_t in = x.size(int64_t(axis) + 2), reach = g.dilation[axis] * (w.size(int64_t(axis) + 2) - 1);
+    if (g.transposed) return (in - 1) * g.stride[axis] - 2 * g.padding[axis] + reach + g.output_padding[axis] + 1;
+    return (in + 2 * g.padding[axis] - reach - 1) / g.stride[axis] + 1;
+  };
+  cpu::DualConvolutionArgs<T> a{};
+  std::tie(a.batch, a.in_channels, a.height, a.width) = std::tuple(x.size(0), x.size(1), x.size(2), x.size(3));
+  a.out_channels = g.transposed ? w.size(1) * g.groups : w.size(0);
+  std::tie(a.out_height, a.out_width) = std::tuple(size(0), size(1));
+  std::tie(a.kernel_y, a.kernel_x) = std::tuple(w.size(2), w.size(3));
+  std::tie(a.stride_y, a.stride_x) = std::tuple(g.stride[0], g.stride[1]);
+  std::tie(a.padding_y, a.padding_x) = std::tuple(g.padding[0], g.padding[1]);
+  std::tie(a.dilation_y, a.dilation_x) = std::tuple(g.dilation[0], g.dilation[1]);
+  a.groups = g.groups;
+  a.transposed = g.transposed;
+  return a;
+}
+
+// By the device's own kernel: W input, and |W| radius where there is one (else an empty tensor). `finish` completes
+// the arguments, outputs included, before the launch.
+template <typename Finish>
+static Box own_convolution(const Tensor& input, const Tensor& radius, const Tensor& weight, const ConvGeometry& g,
+                           const Finish& finish) {
+  TORCH_CHECK(has_own_convolution(input), "convolution: no kernel of its own on ", input.device());
+  const Tensor x = input.contiguous(), r = radius.defined() ? radius.contiguous() : Tensor(), w = weight.contiguous();
+  Tensor out, spread;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "convolution", [&] {
+    auto a = convolution_args<scalar_t>(x, w, g);
+    out = at::empty({a.batch, a.out_channels, a.out_height, a.out_width}, x.options());
+    spread = r.defined() ? at::empty_like(out) : at::empty({0}, x.options());
+    a.input = x.const_data_ptr<scalar_t>();
+    a.weight = w.const_data_ptr<scalar_t>();
+    a.out = out.data_ptr<scalar_t>();
+    if (r.defined()) {
+      a.radius = r.const_data_ptr<scalar_t>();
+      a.spread = spread.data_ptr<scalar_t>();
+    }
+    const auto enclosure = finish(a, out, spread);
+    a.enclosure = enclosure.has_value() ? &*enclosure : nullptr;
+    kernels<scalar_t>(x)->convolve(a);
+  });
+  return {out, spread};
+}
+
+static ConvGeometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                bool transposed, at::IntArrayRef output_padding, int64_t groups) {
+  const auto pair = [](at::IntArrayRef v) { return v.size() == 1 ? Pair{v[0], v[0]} : Pair{v[0], v[1]}; };
+  return {pair(stride), pair(padding), pair(dilation), pair(output_padding), groups, transposed};
+}
+
+template <typename T>
+static std::optional<cpu::EnclosureArgs<T>> plain_ending(const cpu::DualConvolutionArgs<T>&) {
+  return std::nullopt;
+}
+
+static Box convolution(const Tensor& input, const OptionalTensor& radius, const Tensor& weight, at::IntArrayRef stride,
+                       at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                       at::IntArrayRef output_padding, int64_t groups) {
+  const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
+  return own_convolution(input, value_or_empty(radius), weight, g,
+                         [](const auto& a, const Tensor&, const Tensor&) { return plain_ending(a); });
+}
+
+static Box call_own_convolution(const Tensor& input, const OptionalTensor& radius, const Tensor& weight,
+                                const ConvGeometry& g) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("pycert::convolution", "").typed<decltype(convolution)>();
+  return op.call(input, radius, weight, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups);
+}
+
+static Cost convolution_cost(const Tensor& input, const Tensor& weight, const ConvGeometry& g, double times = 1) {
+  const auto out = [&](size_t axis) {
+    const double size = double(input.size(int64_t(axis) + 2)), step = double(g.stride[axis]);
+    const double reach = double(g.dilation[axis] * (weight.size(int64_t(axis) + 2) - 1)) + 1;
+    const double padding = 2 * double(g.padding[axis]);
+    return g.transposed ? (size - 1) * step - padding + reach : std::floor((size + padding - reach) / step) + 1;
+  };
+  const double pixels = out(0) * out(1), batch = double(input.size(0));
+  const double channels = g.transposed ? double(weight.size(1) * g.groups) : double(weight.size(0));
+  const double met = g.transposed ? double(input.numel()) * double(weight.numel() / weight.size(0))
+                                  : batch * pixels * double(weight.numel());
+  const double numbers = double(input.numel()) + double(weight.numel()) + batch * channels * pixels;
+  return {times * numbers * double(input.element_size()), times * 2 * met};
+}
+
 Tensor direct_conv2d(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  if (has_own_convolution(input)) return std::get<0>(call_own_convolution(input, {}, weight, g));
+  const record::Kernel range(input.device(), "convolution", record::on() ? convolution_cost(input, weight, g) : Cost());
   const bool one_dnn =
       input.scalar_type() == at::kFloat && at::globalContext().hasMKLDNN() && at::globalContext().userEnabledMkldnn();
   if (g.transposed) {  // never NNPACK: ATen has it for plain convolutions alone
@@ -230,34 +353,51 @@ Prepared prepare_boxes(const Tensor& lower, const Tensor& upper, const Charges& 
                                  c.deployed > 0,
                                  c.vector,
                                  c.sound};
-    cpu::kernels<scalar_t>().prepare(a);
+    kernels<scalar_t>(l)->prepare(a);
   });
   return p;
 }
 
-// centre and radius products become lower and upper, in place; channels on dimension 1.
+// How the products of boxes become lower and upper end, for outputs [batch, channels, inner].
+template <typename T>
+cpu::EnclosureArgs<T> enclosure_of(const Tensor& centre, const Tensor& radius, const Tensor& bias, const Tensor& sums,
+                                   const Charges& c, int64_t batch, int64_t channels) {
+  const double tiny = enabled(Term::Underflow) ? std::numeric_limits<T>::min() : 0;
+  return {centre.data_ptr<T>(),
+          radius.data_ptr<T>(),
+          bias.defined() ? bias.const_data_ptr<T>() : nullptr,
+          sums.defined() ? sums.const_data_ptr<double>() : nullptr,
+          batch,
+          channels,
+          batch * channels == 0 ? 0 : centre.numel() / (batch * channels),
+          c.sound && enabled(Term::Bias) ? up<T>(c.own + c.deployed) : T(0),
+          c.sound && c.radius_inflation > 1 ? up<T>(c.radius_inflation) : T(1),
+          tiny * (2 * c.terms + 2),
+          tiny,
+          c.sound};
+}
+
+// In place; channels on dimension 1.
 Box enclose(Tensor centre, Tensor radius, const OptionalTensor& bias, const Tensor& sums, const Charges& c) {
   centre = centre.contiguous();
   radius = radius.contiguous();
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
-  const int64_t batch = centre.size(0), channels = centre.size(1);
   AT_DISPATCH_FLOATING_TYPES(centre.scalar_type(), "interval_affine", [&] {
-    const double tiny = enabled(Term::Underflow) ? std::numeric_limits<scalar_t>::min() : 0;
-    cpu::EnclosureArgs<scalar_t> a{centre.data_ptr<scalar_t>(),
-                                   radius.data_ptr<scalar_t>(),
-                                   b.defined() ? b.const_data_ptr<scalar_t>() : nullptr,
-                                   sums.defined() ? sums.const_data_ptr<double>() : nullptr,
-                                   batch,
-                                   channels,
-                                   batch * channels == 0 ? 0 : centre.numel() / (batch * channels),
-                                   c.sound && enabled(Term::Bias) ? up<scalar_t>(c.own + c.deployed) : scalar_t(0),
-                                   c.sound && c.radius_inflation > 1 ? up<scalar_t>(c.radius_inflation) : scalar_t(1),
-                                   tiny * (2 * c.terms + 2),
-                                   tiny,
-                                   c.sound};
-    cpu::kernels<scalar_t>().enclose(a);
+    kernels<scalar_t>(centre)->enclose(
+        enclosure_of<scalar_t>(centre, radius, b, sums, c, centre.size(0), centre.size(1)));
   });
   return {centre, radius};
+}
+
+template <typename T>
+std::optional<cpu::EnclosureArgs<T>> ending(const cpu::DualConvolutionArgs<T>& a, const Tensor& low, const Tensor& high,
+                                            const Tensor& bias, const Tensor& sums, const Charges& c) {
+  return enclosure_of<T>(low, high, bias, sums, c, a.batch, a.out_channels);
+}
+
+bool fuses_enclosure(const Tensor& like) {
+  return like.scalar_type() == at::kFloat ? device_kernels<float>(like.device()).main.fuses_enclosure
+                                          : device_kernels<double>(like.device()).main.fuses_enclosure;
 }
 
 Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
@@ -270,22 +410,28 @@ Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   PrecisionGuard guard;
   const int64_t count = weight.size(1), rows = weight.size(0),
                 batch = c10::multiply_integers(lower.sizes().slice(0, size_t(lower.dim() - 1)));
-  const int64_t chain = linear_chain(batch, count, weight.scalar_type()) + 1;  // and the bias
+  const int64_t chain = linear_chain(batch, weight) + 1;  // and the bias
   Charges c = charges_for(chain, count, Soundness(soundness), extra_terms, lower.scalar_type());
   c.vector = true;
   const Prepared p = prepare_boxes(lower, upper, c, batch);
   const Tensor mid = p.mid.view({batch, count}), radius = p.radius.view({batch, count});
-  auto [centre, spread] = linear_products(weight, mid, radius, true);
-  auto [out_lower, out_upper] = enclose(centre, spread, bias, p.sums, c);
+  Box out;
+  if (fuses_enclosure(weight)) {
+    out = {at::empty({batch, rows}, mid.options()), at::empty({batch, rows}, mid.options())};
+    const auto& [lowest, highest] = out;
+    const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
+    AT_DISPATCH_FLOATING_TYPES(mid.scalar_type(), "interval_linear", [&] {
+      const auto enclosure = enclosure_of<scalar_t>(lowest, highest, b, p.sums, c, batch, rows);
+      dual_product_into<scalar_t>(weight, mid, radius, lowest, highest, &enclosure);
+    });
+  } else {
+    const auto [centre, spread] = linear_products(weight, mid, radius, true);
+    out = enclose(centre, spread, bias, p.sums, c);
+  }
+  const auto& [out_lower, out_upper] = out;
   auto shape = lower.sizes().vec();
   shape.back() = rows;
   return {out_lower.view(shape), out_upper.view(shape)};
-}
-
-ConvGeometry geometry_of(at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                         at::IntArrayRef output_padding, int64_t groups) {
-  const auto pair = [](at::IntArrayRef v) { return v.size() == 1 ? Pair{v[0], v[0]} : Pair{v[0], v[1]}; };
-  return {pair(stride), pair(padding), pair(dilation), pair(output_padding), groups, transposed};
 }
 
 Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
@@ -314,6 +460,12 @@ Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   }
   const Charges c = charges_for(terms + 1, terms, Soundness(soundness), extra_terms, lower.scalar_type());
   const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
+  if (fuses_enclosure(p.mid)) {
+    const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
+    return own_convolution(p.mid, p.radius, weight, g, [&](const auto& a, const Tensor& low, const Tensor& high) {
+      return ending(a, low, high, b, p.sums, c);
+    });
+  }
   return enclose(direct_conv2d(p.mid, weight, g), direct_conv2d(p.radius, weight.abs(), g), bias, p.sums, c);
 }
 
@@ -327,15 +479,8 @@ Tensor with_sign(const Tensor& mid, const Tensor& radius, const Tensor& weight) 
   const Tensor m = mid.contiguous(), r = radius.contiguous(), w = weight.contiguous();
   Tensor out = at::empty_like(m);
   AT_DISPATCH_FLOATING_TYPES(m.scalar_type(), "interval_affine_backward", [&] {
-    const scalar_t *of_mid = m.const_data_ptr<scalar_t>(), *of_radius = r.const_data_ptr<scalar_t>(),
-                   *of_weight = w.const_data_ptr<scalar_t>();
-    scalar_t* to = out.data_ptr<scalar_t>();
-    at::parallel_for(0, m.numel(), 16384, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const scalar_t sign = scalar_t(of_weight[i] > 0) - scalar_t(of_weight[i] < 0);
-        to[i] = of_mid[i] + sign * of_radius[i];
-      }
-    });
+    kernels<scalar_t>(m)->with_sign({m.const_data_ptr<scalar_t>(), r.const_data_ptr<scalar_t>(),
+                                     w.const_data_ptr<scalar_t>(), out.data_ptr<scalar_t>(), m.numel()});
   });
   return out;
 }
@@ -359,6 +504,8 @@ TensorTuple4 linear_backward_cpu(const Tensor& grad_lower, const Tensor& grad_up
   PrecisionGuard guard;
   const Tensor dc = (grad_lower + grad_upper).reshape({-1, weight.size(0)});
   const Tensor dr = (grad_upper - grad_lower).reshape({-1, weight.size(0)});
+  const record::Kernel range(weight.device(), "mm (gradient)",
+                             product_cost(dc, weight, 2 * (double(needed[0]) + double(needed[1]))));
   Tensor grad_mid, grad_radius, weight_mid, weight_radius, bias;
   if (needed[0]) {
     grad_mid = at::mm(dc, weight).view(lower.sizes());
@@ -388,6 +535,10 @@ TensorTuple4 conv2d_backward_cpu(const Tensor& grad_lower, const Tensor& grad_up
   Tensor grad_mid, grad_radius, weight_mid, weight_radius, bias;
   ConvGeometry back = geometry_of(stride, padding, dilation, !transposed, output_padding, groups);
   const bool by_kernel = needed[0] && interval_convolutions_pay(dc, weight, back);
+  const double by_library = 2 * ((needed[0] && !by_kernel ? 1.0 : 0.0) + (needed[1] ? 1.0 : 0.0));
+  const ConvGeometry g = geometry_of(stride, padding, dilation, transposed, output_padding, groups);
+  const record::Kernel range(weight.device(), "convolution (gradient)",
+                             record::on() ? convolution_cost(lower, weight, g, by_library) : Cost());
   if (by_kernel) {
     for (size_t axis = 0; axis < 2; ++axis)
       back.output_padding[axis] =
@@ -408,8 +559,8 @@ TensorTuple4 conv2d_backward_cpu(const Tensor& grad_lower, const Tensor& grad_up
     std::tie(grad_radius, weight_radius, std::ignore) = backward(dr, (upper - lower).div_(2), weight.abs());
   }
   if (needed[2]) bias = dc.sum({0, 2, 3});
-  const AffineGrads g = finish(grad_mid, grad_radius, weight_mid, weight_radius, weight, bias);
-  return {g.lower, g.upper, g.weight, g.bias};
+  const AffineGrads found = finish(grad_mid, grad_radius, weight_mid, weight_radius, weight, bias);
+  return {found.lower, found.upper, found.weight, found.bias};
 }
 
 // [B, C, inner] view of a box for per-channel elementwise maps.
@@ -426,9 +577,9 @@ Box scale_cpu(const Tensor& lower, const Tensor& upper, const OptionalTensor& sc
                     " factors do not fit values of shape ", l.sizes());
   AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "interval_scale", [&] {
     const auto pointer = [](const Tensor& x) { return x.defined() ? x.const_data_ptr<scalar_t>() : nullptr; };
-    cpu::kernels<scalar_t>().scale({l.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(), pointer(s), pointer(t),
-                                    pointer(q), out_lower.data_ptr<scalar_t>(), out_upper.data_ptr<scalar_t>(), batch,
-                                    channels, inner, kappa == 0 ? scalar_t(0) : up<scalar_t>(kappa), sound});
+    kernels<scalar_t>(l)->scale({l.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(), pointer(s), pointer(t),
+                                 pointer(q), out_lower.data_ptr<scalar_t>(), out_upper.data_ptr<scalar_t>(), batch,
+                                 channels, inner, kappa == 0 ? scalar_t(0) : up<scalar_t>(kappa), sound});
   });
   return {out_lower, out_upper};
 }
@@ -443,10 +594,10 @@ Box add_cpu(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower,
                bu = b_upper.contiguous();
   Tensor lower = at::empty_like(al), upper = at::empty_like(al);
   AT_DISPATCH_FLOATING_TYPES(al.scalar_type(), "interval_add", [&] {
-    cpu::kernels<scalar_t>().add({al.const_data_ptr<scalar_t>(), au.const_data_ptr<scalar_t>(),
-                                  bl.const_data_ptr<scalar_t>(), bu.const_data_ptr<scalar_t>(),
-                                  lower.data_ptr<scalar_t>(), upper.data_ptr<scalar_t>(), al.numel(), subtract, sound,
-                                  up<scalar_t>(kappa)});
+    kernels<scalar_t>(al)->add({al.const_data_ptr<scalar_t>(), au.const_data_ptr<scalar_t>(),
+                                bl.const_data_ptr<scalar_t>(), bu.const_data_ptr<scalar_t>(),
+                                lower.data_ptr<scalar_t>(), upper.data_ptr<scalar_t>(), al.numel(), subtract, sound,
+                                up<scalar_t>(kappa)});
   });
   return {lower, upper};
 }
@@ -698,6 +849,10 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "int[] "
       "stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups, bool[3] needed) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("dual_product(Tensor weight, Tensor mid, Tensor radius) -> (Tensor, Tensor)");
+  m.def(
+      "convolution(Tensor input, Tensor? radius, Tensor weight, int[] stride, int[] padding, int[] dilation, bool "
+      "transposed, int[] output_padding, int groups) -> (Tensor, Tensor)");
   m.def(
       "interval_scale(Tensor lower, Tensor upper, Tensor? scale, Tensor? term, Tensor? magnitude, float kappa, bool "
       "sound) -> (Tensor, Tensor)");
@@ -706,14 +861,19 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "sound) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pycert, CPU, m) {
+// Every device by the same functions: device.h has the kernels of each.
+static void register_interval(torch::Library& m) {
   m.impl("interval_linear", linear_cpu);
   m.impl("interval_linear_backward", linear_backward_cpu);
   m.impl("interval_conv2d", conv2d_cpu);
   m.impl("interval_conv2d_backward", conv2d_backward_cpu);
   m.impl("interval_scale", scale_cpu);
   m.impl("interval_add", add_cpu);
+  m.impl("dual_product", dual_product);
+  m.impl("convolution", convolution);
 }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_interval(m); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_interval(m); }
 
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) {
   m.impl("interval_linear", linear_autograd);

@@ -5,7 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/kernels.h"
+#include "ops/device.h"
 #include "ops/interval.h"
 
 namespace pycert {
@@ -24,29 +24,31 @@ Tensor rows_product_cpu(const Tensor& rows, const Tensor& weight, const Optional
   TORCH_CHECK_VALUE(segments.has_value() == columns.has_value() && segments.has_value() == starts.has_value(),
                     "rows_product: segments, columns and starts come together");
   PrecisionGuard guard;
-  if (!has_product_kernels(rows.scalar_type())) return mm_blocked(rows, weight);
+  if (!has_product_kernels(rows)) return mm_blocked(rows, weight);
   const Tensor a = rows.contiguous(), b = weight.contiguous();
   Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
   const std::array<int64_t, 2> whole{0, a.size(0)};
   const auto pointer = [](const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr<int64_t>() : nullptr; };
   const int64_t count = segments.has_value() ? segments->size(0) - 1 : 1;
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "rows_product", [&] {
-    cpu::kernels<scalar_t>().product({a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
-                                      c.data_ptr<scalar_t>(), count,
-                                      segments.has_value() ? pointer(segments) : whole.data(), a.size(1), b.size(1),
-                                      pointer(columns), pointer(starts)});
+    const int64_t* all = a.is_cpu() ? whole.data() : nullptr;
+    kernels<scalar_t>(a)->product({a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(), c.data_ptr<scalar_t>(),
+                                   count, segments.has_value() ? pointer(segments) : all, a.size(1), b.size(1),
+                                   pointer(columns), pointer(starts), a.size(0)});
   });
   return c;
 }
 
 }  // namespace
 
-bool has_product_kernels(at::ScalarType dtype) {
-  return dtype == at::kFloat ? cpu::kernels<float>().product != nullptr : cpu::kernels<double>().product != nullptr;
+bool has_product_kernels(const Tensor& like) {
+  if (!like.is_cpu()) return true;
+  return like.scalar_type() == at::kFloat ? device_kernels<float>(like.device()).main.product != nullptr
+                                          : device_kernels<double>(like.device()).main.product != nullptr;
 }
 
-int64_t product_chain(int64_t terms, at::ScalarType dtype) {
-  if (!has_product_kernels(dtype)) return blocked_chain(terms);
+int64_t product_chain(int64_t terms, const Tensor& like) {
+  if (!has_product_kernels(like)) return blocked_chain(terms);
   return std::min(terms, cpu::kProductBlock) + (terms + cpu::kProductBlock - 1) / cpu::kProductBlock;
 }
 
@@ -60,6 +62,9 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def("rows_product(Tensor rows, Tensor weight, Tensor? segments, Tensor? columns, Tensor? starts) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("rows_product", rows_product_cpu); }
+// Every device by the same functions: device.h has the kernels of each.
+static void register_product(torch::Library& m) { m.impl("rows_product", rows_product_cpu); }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_product(m); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_product(m); }
 
 }  // namespace pycert

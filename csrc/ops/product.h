@@ -14,10 +14,10 @@ struct LiveColumns {
 // rows [M, K] times weight [K, N], the sum over K cut into blocks that start from zero.
 at::Tensor rows_product(const at::Tensor& rows, const at::Tensor& weight, const LiveColumns& live = {});
 
-// Whether this processor has kernels for these products; ATen forms them where it has not.
-bool has_product_kernels(at::ScalarType dtype);
+// Whether there are kernels for products of this dtype on this device; ATen forms them where there are none.
+bool has_product_kernels(const at::Tensor& like);
 
 // Length of one summation chain of rows_product, for K terms.
-int64_t product_chain(int64_t terms, at::ScalarType dtype);
+int64_t product_chain(int64_t terms, const at::Tensor& like);
 
 }  // namespace pycert

@@ -5,12 +5,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "core/rounding.h"
 #include "ops/common.h"
+#include "ops/device.h"
 
 namespace pycert {
 
@@ -36,15 +35,10 @@ std::tuple<Tensor, Tensor> linf_ball_cpu(const Tensor& x, const Tensor& eps, dou
   Tensor lower = at::empty_like(centre), upper = at::empty_like(centre);
   const int64_t batch = x.size(0), count = batch == 0 ? 0 : x.numel() / batch;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "linf_ball", [&] {
-    const scalar_t *c = centre.const_data_ptr<scalar_t>(), *r = radius.const_data_ptr<scalar_t>();
-    scalar_t *l = lower.data_ptr<scalar_t>(), *u = upper.data_ptr<scalar_t>();
     const double infinity = std::numeric_limits<double>::infinity();
-    const scalar_t least = outward<scalar_t>(low, -infinity), most = outward<scalar_t>(high, infinity);
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t i = b * count; i < (b + 1) * count; ++i) {
-        l[i] = std::max(least, sub_down(c[i], r[b]));
-        u[i] = std::min(most, add_up(c[i], r[b]));
-      }
+    kernels<scalar_t>(centre)->linf_ball({centre.const_data_ptr<scalar_t>(), radius.const_data_ptr<scalar_t>(),
+                                          outward<scalar_t>(low, -infinity), outward<scalar_t>(high, infinity),
+                                          lower.data_ptr<scalar_t>(), upper.data_ptr<scalar_t>(), batch, count});
   });
   return {lower, upper};
 }
@@ -86,7 +80,10 @@ std::tuple<Tensor, Tensor> linf_ball_autograd(const Tensor& x, const Tensor& eps
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def("linf_ball(Tensor x, Tensor eps, float low, float high) -> (Tensor, Tensor)");
 }
-TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("linf_ball", linf_ball_cpu); }
+// Every device by the same functions: device.h has the kernels of each.
+static void register_region(torch::Library& m) { m.impl("linf_ball", linf_ball_cpu); }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_region(m); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_region(m); }
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) { m.impl("linf_ball", linf_ball_autograd); }
 
 }  // namespace pycert

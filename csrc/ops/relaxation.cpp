@@ -10,8 +10,8 @@
 
 #include <cmath>
 
-#include "cpu/relaxation.h"
 #include "ops/common.h"
+#include "ops/device.h"
 
 namespace pycert {
 
@@ -118,7 +118,8 @@ Tensors3 relu_relaxation_cpu(const Tensor& lower, const Tensor& upper, int64_t s
   const Tensor low = lower.contiguous(), high = upper.contiguous();
   Tensor lower_slope = empty_contiguous(low), upper_slope = empty_contiguous(low), intercept = empty_contiguous(low);
   AT_DISPATCH_FLOATING_TYPES(low.scalar_type(), "relu_relaxation", [&] {
-    cpu::relu_relaxation(low.const_data_ptr<scalar_t>(), high.const_data_ptr<scalar_t>(), rule,
+    (*kernels<scalar_t>(low))
+        .relu_relaxation(low.const_data_ptr<scalar_t>(), high.const_data_ptr<scalar_t>(), rule,
                          lower_slope.mutable_data_ptr<scalar_t>(), upper_slope.mutable_data_ptr<scalar_t>(),
                          intercept.mutable_data_ptr<scalar_t>(), low.numel());
   });
@@ -135,7 +136,8 @@ Tensors2 relu_relaxation_backward_cpu(const Tensor& lower, const Tensor& upper, 
   const Tensor g_intercept = contiguous_or_undefined(grad_upper_intercept);
   Tensor grad_lower = empty_contiguous(low), grad_upper = empty_contiguous(low);
   AT_DISPATCH_FLOATING_TYPES(low.scalar_type(), "relu_relaxation_backward", [&] {
-    cpu::relu_relaxation_backward(low.const_data_ptr<scalar_t>(), high.const_data_ptr<scalar_t>(), rule,
+    (*kernels<scalar_t>(low))
+        .relu_relaxation_backward(low.const_data_ptr<scalar_t>(), high.const_data_ptr<scalar_t>(), rule,
                                   pointer_or_null<scalar_t>(g_lower_slope), pointer_or_null<scalar_t>(g_upper_slope),
                                   pointer_or_null<scalar_t>(g_intercept), grad_lower.mutable_data_ptr<scalar_t>(),
                                   grad_upper.mutable_data_ptr<scalar_t>(), low.numel());
@@ -153,10 +155,11 @@ Tensors4 activation_lines_cpu(const Tensor& lower, const Tensor& upper, int64_t 
   Tensor lower_slope = empty_contiguous(low), lower_intercept = empty_contiguous(low);
   Tensor upper_slope = empty_contiguous(low), upper_intercept = empty_contiguous(low);
   AT_DISPATCH_FLOATING_TYPES(low.scalar_type(), "activation_lines", [&] {
-    cpu::activation_lines(
-        arguments_of<scalar_t>(low, high, values, description, rule, deployed),
-        Lines<scalar_t*>{lower_slope.mutable_data_ptr<scalar_t>(), lower_intercept.mutable_data_ptr<scalar_t>(),
-                         upper_slope.mutable_data_ptr<scalar_t>(), upper_intercept.mutable_data_ptr<scalar_t>()});
+    (*kernels<scalar_t>(low))
+        .activation_lines(
+            arguments_of<scalar_t>(low, high, values, description, rule, deployed),
+            Lines<scalar_t*>{lower_slope.mutable_data_ptr<scalar_t>(), lower_intercept.mutable_data_ptr<scalar_t>(),
+                             upper_slope.mutable_data_ptr<scalar_t>(), upper_intercept.mutable_data_ptr<scalar_t>()});
   });
   return {lower_slope, lower_intercept, upper_slope, upper_intercept};
 }
@@ -175,7 +178,8 @@ Tensors3 activation_lines_backward_cpu(const Tensor& lower, const Tensor& upper,
   Tensor grad_lower = empty_contiguous(low), grad_upper = empty_contiguous(low), grad_elements;
   if (values.defined()) grad_elements = empty_contiguous(low);
   AT_DISPATCH_FLOATING_TYPES(low.scalar_type(), "activation_lines_backward", [&] {
-    cpu::activation_lines_backward(arguments_of<scalar_t>(low, high, values, description, rule, false),
+    (*kernels<scalar_t>(low))
+        .activation_lines_backward(arguments_of<scalar_t>(low, high, values, description, rule, false),
                                    Lines<const scalar_t*>{pointer_or_null<scalar_t>(grad.lower_slope),
                                                           pointer_or_null<scalar_t>(grad.lower_intercept),
                                                           pointer_or_null<scalar_t>(grad.upper_slope),
@@ -195,9 +199,10 @@ Tensors2 activation_interval_cpu(const Tensor& lower, const Tensor& upper, int64
   const Tensor low = lower.contiguous(), high = upper.contiguous(), values = contiguous_or_undefined(parameter);
   Tensor out_lower = empty_contiguous(low), out_upper = empty_contiguous(low);
   AT_DISPATCH_FLOATING_TYPES(low.scalar_type(), "activation_interval", [&] {
-    cpu::activation_interval(
-        arguments_of<scalar_t>(low, high, values, description, Slope::Adaptive, deployed),
-        Range<scalar_t*>{out_lower.mutable_data_ptr<scalar_t>(), out_upper.mutable_data_ptr<scalar_t>()});
+    (*kernels<scalar_t>(low))
+        .activation_interval(
+            arguments_of<scalar_t>(low, high, values, description, Slope::Adaptive, deployed),
+            Range<scalar_t*>{out_lower.mutable_data_ptr<scalar_t>(), out_upper.mutable_data_ptr<scalar_t>()});
   });
   return {out_lower, out_upper};
 }
@@ -211,11 +216,12 @@ Tensors3 activation_interval_backward_cpu(const Tensor& lower, const Tensor& upp
   Tensor grad_lower = empty_contiguous(low), grad_upper = empty_contiguous(low), grad_elements;
   if (values.defined()) grad_elements = empty_contiguous(low);
   AT_DISPATCH_FLOATING_TYPES(low.scalar_type(), "activation_interval_backward", [&] {
-    cpu::activation_interval_backward(
-        arguments_of<scalar_t>(low, high, values, description, Slope::Adaptive, false),
-        Range<const scalar_t*>{pointer_or_null<scalar_t>(g_lower), pointer_or_null<scalar_t>(g_upper)},
-        grad_lower.mutable_data_ptr<scalar_t>(), grad_upper.mutable_data_ptr<scalar_t>(),
-        values.defined() ? grad_elements.mutable_data_ptr<scalar_t>() : nullptr);
+    (*kernels<scalar_t>(low))
+        .activation_interval_backward(
+            arguments_of<scalar_t>(low, high, values, description, Slope::Adaptive, false),
+            Range<const scalar_t*>{pointer_or_null<scalar_t>(g_lower), pointer_or_null<scalar_t>(g_upper)},
+            grad_lower.mutable_data_ptr<scalar_t>(), grad_upper.mutable_data_ptr<scalar_t>(),
+            values.defined() ? grad_elements.mutable_data_ptr<scalar_t>() : nullptr);
   });
   return {grad_lower, grad_upper,
           values.defined() ? sum_to_parameter(grad_elements, values) : at::empty({0}, low.options())};
@@ -389,7 +395,8 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "Tensor? grad_out_upper, int kind, float a, float b) -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pycert, CPU, m) {
+// Every device by the same functions: device.h has the kernels of each.
+static void register_relaxation(torch::Library& m) {
   m.impl("relu_relaxation", relu_relaxation_cpu);
   m.impl("relu_relaxation_backward", relu_relaxation_backward_cpu);
   m.impl("activation_lines", activation_lines_cpu);
@@ -397,6 +404,8 @@ TORCH_LIBRARY_IMPL(pycert, CPU, m) {
   m.impl("activation_interval", activation_interval_cpu);
   m.impl("activation_interval_backward", activation_interval_backward_cpu);
 }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_relaxation(m); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_relaxation(m); }
 
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) {
   m.impl("relu_relaxation", relu_relaxation_autograd);

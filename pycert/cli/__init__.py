@@ -1,4 +1,4 @@
-"""The command line: ``pycert certify | train | demo | bench | plot | doctor``."""
+"""The command line: ``pycert certify | train | demo | bench | profile | plot | doctor``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pycert.cli.inputs import CommandError
 from pycert.errors import UnsupportedOperator
 
 #: A command is a module of this package with ``add_parser(subparsers)`` and ``run(args) -> exit status``.
-COMMANDS = ("certify", "train", "demo", "bench", "plot", "doctor")
+COMMANDS = ("certify", "train", "demo", "bench", "profile", "plot", "doctor")
 #: What wrong input or a missing package raises; anything else is a fault of pycert and shows its traceback.
 ERRORS = (CommandError, UnsupportedOperator, ValueError, TypeError, ArithmeticError, OSError, ImportError)
 

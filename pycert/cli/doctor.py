@@ -141,7 +141,7 @@ def _cuda() -> list[Finding]:
         found.append(Finding(section, "GPU", torch.cuda.get_device_name()))
     else:
         found.append(Finding(section, "GPU", "none visible"))
-    untested = list(_C.untested_cuda_kernels()) if hasattr(_C, "untested_cuda_kernels") else []
+    untested = list(_C.untested_cuda_kernels()) if built else []
     if untested:
         allowed = os.environ.get("PYCERT_CUDA_UNTESTED") == "1"
         advice = "on: PYCERT_CUDA_UNTESTED=1" if allowed else "off; PYCERT_CUDA_UNTESTED=1 turns them on"

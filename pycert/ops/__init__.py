@@ -1,5 +1,6 @@
 """Single operators, through torch's dispatcher; importing :mod:`pycert` registers them."""
 
+from pycert.ops import shapes as _shapes  # noqa: F401 - registers what fake tensors need
 from pycert.ops.backsub import concretize
 from pycert.ops.interval import interval_conv2d, interval_linear
 from pycert.ops.krelu import krelu_hull, octahedral_directions

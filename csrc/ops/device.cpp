@@ -1,0 +1,111 @@
+#include "ops/device.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+namespace pycert {
+
+namespace {
+
+// Of csrc/cuda: a name goes when its kernel has passed `pytest -m cuda` on a GPU (benchmarks/gpu_suite.py).
+const std::vector<std::string> kUntested = {"prepare",
+                                            "enclose",
+                                            "dual_product",
+                                            "dual_product_many",
+                                            "scale",
+                                            "add",
+                                            "convolve",
+                                            "linf_ball",
+                                            "with_sign",
+                                            "magnitudes",
+                                            "squares",
+                                            "charge",
+                                            "product",
+                                            "relax",
+                                            "dot",
+                                            "concretize",
+                                            "relayout",
+                                            "relax_backward",
+                                            "concretize_backward",
+                                            "relayout_backward",
+                                            "ascend",
+                                            "relu_lines",
+                                            "relu_backward",
+                                            "activation_lines",
+                                            "activation_lines_backward",
+                                            "activation_interval",
+                                            "activation_interval_backward"};
+
+template <typename T>
+struct Tables {
+  std::atomic<const DeviceKernels<T>*> cuda{nullptr}, replaced{nullptr};
+};
+
+template <typename T>
+Tables<T>& tables() {
+  static Tables<T> found;
+  return found;
+}
+
+template <typename T>
+const DeviceKernels<T>& cpu_table() {
+  static const DeviceKernels<T> table{cpu::kernels<T>(),
+                                      cpu::relu_relaxation<T>,
+                                      cpu::relu_relaxation_backward<T>,
+                                      cpu::activation_lines<T>,
+                                      cpu::activation_lines_backward<T>,
+                                      cpu::activation_interval<T>,
+                                      cpu::activation_interval_backward<T>};
+  return table;
+}
+
+bool is_one(const char* name) {
+  const char* value = std::getenv(name);
+  return value != nullptr && std::string(value) == "1";
+}
+
+// Read once: the environment of a running process is not its switchboard.
+void check_cuda_allowed() {
+  static const bool untested = is_one("PYCERT_CUDA_UNTESTED"), emulated = is_one("CUBLAS_EMULATE_SINGLE_PRECISION");
+  TORCH_CHECK(untested || kUntested.empty(),
+              "pycert's CUDA kernels have never run on a GPU and are off; set PYCERT_CUDA_UNTESTED=1 before the "
+              "process starts to use them all the same (`pycert doctor` lists them)");
+  TORCH_CHECK(!emulated,
+              "CUBLAS_EMULATE_SINGLE_PRECISION=1 makes float32 products inexact, which the error bounds do "
+              "not cover; unset it");
+}
+
+}  // namespace
+
+template <typename T>
+const DeviceKernels<T>& device_kernels(c10::Device device) {
+  if (device.is_cpu()) {
+    const DeviceKernels<T>* other = tables<T>().replaced.load(std::memory_order_relaxed);
+    return other != nullptr ? *other : cpu_table<T>();
+  }
+  const DeviceKernels<T>* table = device.is_cuda() ? tables<T>().cuda.load(std::memory_order_relaxed) : nullptr;
+  TORCH_CHECK(table != nullptr, "pycert has no kernels for device ", device,
+              device.is_cuda() ? ": this build is without CUDA; install a torch with CUDA and the CUDA toolkit, then "
+                                 "build pycert again (PYCERT_CUDA=1 says what is missing)"
+                               : "; use cpu or cuda");
+  check_cuda_allowed();
+  return *table;
+}
+
+template const DeviceKernels<float>& device_kernels<float>(c10::Device);
+template const DeviceKernels<double>& device_kernels<double>(c10::Device);
+
+void set_cuda_kernels(const DeviceKernels<float>* for_float, const DeviceKernels<double>* for_double) {
+  tables<float>().cuda = for_float;
+  tables<double>().cuda = for_double;
+}
+
+void replace_cpu_kernels(const DeviceKernels<float>* for_float, const DeviceKernels<double>* for_double) {
+  tables<float>().replaced = for_float;
+  tables<double>().replaced = for_double;
+}
+
+const std::vector<std::string>& untested_cuda_kernels() { return kUntested; }
+
+}  // namespace pycert

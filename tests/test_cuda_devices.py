@@ -1,0 +1,87 @@
+"""The engine on another device, without one: tensors that have a device, a shape and no values.
+
+Such tensors refuse every operation between two devices, every read of a value on the host, and every access to memory,
+so that a bound that goes through has no hidden processor in it and never waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pycert
+from test_cuda_host import NETS
+
+#: Methods that never wait for the device. `crown` waits once a layer: for how many neurons are unstable.
+WITHOUT_WAITING = ["ibp", "crown-ibp", "forward"]
+
+
+def run(net, shape, p, method, within=None):
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lower = torch.empty(2, *shape, device="cuda")
+        eps = torch.empty(2, device="cuda")
+        region = (lower, lower + 1, lower, eps, p, False) if p else (lower, lower + 1, None, None, 0, False)
+        native = bm._native(
+            method, pycert.options.parse(method, {"memory": "1GiB"}, ()), False, torch.device("cpu")
+        )
+        parameters = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in bm.graph.tensors()]
+        with within or contextlib.nullcontext():
+            found = bm._program.bound(parameters, [region], native, None)
+        return found[:2]
+
+
+@pytest.mark.parametrize("p", [0, 1, 2])
+@pytest.mark.parametrize("method", WITHOUT_WAITING)
+@pytest.mark.parametrize("name", NETS)
+def test_bounds_stay_on_the_device_and_never_wait(name, method, p):
+    net, x = NETS[name]()
+    with torch.no_grad():
+        for bound in run(net, x.shape[1:], p, method):
+            assert bound.device.type == "cuda" and bound.shape[0] == 2
+
+
+class Waits(TorchDispatchMode):
+    """Answers what only the device knows, with some number of rows, and keeps a list of what was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        answers = {
+            "aten::nonzero": lambda t: torch.zeros(6, t.dim(), dtype=torch.long, device=t.device),
+            "aten::_local_scalar_dense": lambda t: True if t.dtype == torch.bool else 6,
+            "aten::equal": lambda a, b: False,
+        }
+        name = op._schema.name
+        if name in answers:
+            self.asked.append(name.removeprefix("aten::"))
+            return answers[name](*args)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [0, 2])
+@pytest.mark.parametrize("name", NETS)
+def test_crown_waits_once_a_layer_and_once_for_its_centres(name, p):
+    net, x = NETS[name]()
+    waits = Waits()
+    with torch.no_grad():
+        for bound in run(net, x.shape[1:], p, "crown", within=waits):
+            assert bound.device.type == "cuda"
+    # a layer whose intervals are exact has no rows; over a ball all rows of the first layer are walked
+    assert waits.asked.count("nonzero") == {"dense": 1, "conv": 2, "residual": 1}[name]
+    assert waits.asked.count("_local_scalar_dense") == 1
+
+
+def test_parameters_on_another_device_are_named():
+    net, x = NETS["dense"]()
+    bm = pycert.BoundedModule(net, torch.empty(1, 8))
+    native = bm._native("ibp", pycert.options.parse("ibp", {}, ()), False, torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lower = torch.empty(2, 8, device="cuda")
+        with pytest.raises(ValueError, match="'0' is on cpu, the region on cuda"):
+            bm._program.bound(bm.graph.tensors(), [(lower, lower, None, None, 0, False)], native, None)

@@ -1,0 +1,49 @@
+"""benchmarks/gpu_suite.py without a GPU: what it would run, what it writes when nothing was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import host_kernels
+from benchmarks import gpu_cases, gpu_suite
+
+
+def test_without_a_gpu_nothing_is_measured_or_made_up(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status = gpu_suite.main(["--only", "benchmarks", "--out", str(tmp_path)])
+    assert status == 1
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [stage["status"] for stage in written["stages"]] == [3]
+    assert {row["measured"] for row in written["table"]} == {gpu_suite.NOT_MEASURED}
+    assert {row["figure"] for row in written["table"]} == set(gpu_cases.FIGURES)
+    assert (tmp_path / "gpu.md").read_text().count(gpu_suite.NOT_MEASURED) >= len(gpu_cases.FIGURES)
+
+
+def test_figures_reach_the_table():
+    name = next(iter(gpu_cases.FIGURES))
+    rows = gpu_suite.table([gpu_cases.figure(name, 0.75, "x", plain=1.0), {"failed": "RuntimeError: no"}])
+    assert rows[0] == {"figure": name, "must reach": "not slower", "measured": "0.75x"}
+    assert rows[1]["measured"] == gpu_suite.NOT_MEASURED
+
+
+def test_a_stage_that_runs_out_of_time_is_reported():
+    stage = gpu_suite.run_stage("sleep", ["sleep", "20"], 0.2)
+    assert stage["status"] == 124 and stage["seconds"] < 10
+
+
+def test_stages_fit_ten_minutes_together():
+    """The limits are upper ends; the sum of what is essential and the tests leaves room for the figures."""
+    limits = {name: limit for name, (limit, _) in gpu_suite.STAGES.items()}
+    assert max(limits.values()) < 9.5 * 60
+    assert gpu_suite.STAGES["build"][1], "without a build the rest is meaningless"
+
+
+@pytest.mark.slow
+def test_the_small_cases_run_through_the_kernels_on_the_host():
+    """What the sanitizers will see on the GPU runs to its end on the same kernel bodies."""
+    with host_kernels.replaced():
+        assert gpu_cases.small_cases("cpu") == 60
