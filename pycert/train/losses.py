@@ -102,8 +102,8 @@ def gloro_loss(
     """The loss of the network with a bottom class, whose logit is the largest worst one of another class.
 
     Args:
-        kind: ``"ce"``, cross entropy over ``K + 1`` classes, or ``"trades"``, ``CE(clean) + weight KL(clean
-        || with bottom)``.
+        kind: ``"ce"``, cross entropy over ``K + 1`` classes, or ``"trades"``, that of the clean logits plus
+            ``weight`` times the divergence of the distribution with bottom from the clean one.
 
     Source: Leino, Wang and Fredrikson, "Globally-Robust Neural Networks", ICML 2021, sections 3 and 4.
     """
