@@ -221,9 +221,9 @@ class BoundedModule(nn.Module):
         first = region[0] if isinstance(region, (tuple, list)) else region
         return Bounds(lower, upper, None, parsed.soundness, self._excludes(parsed.soundness, first.lower))
 
-    def _interval_options(self, soundness: str) -> Any:
+    def _interval_options(self, soundness: str, device: torch.device) -> Any:
         """Of the engine's interval pass, for those who tighten its boxes on the way."""
-        return self._native("ibp", Options(soundness=soundness), False, self._tensors()[0].device)
+        return self._native("ibp", Options(soundness=soundness), False, device)
 
     def _point_bounds(
         self, regions: list[Region], rows: tuple[Tensor, Tensor | None, int] | None, soundness: str

@@ -109,7 +109,7 @@ def walk_over(
     else:
         radius = radii.square().sum(0).sqrt() * UP if len(found) > 1 else radii[0]
     tensors = bm._tensors()
-    options = bm._interval_options(soundness)
+    options = bm._interval_options(soundness, native_regions[0][0].device)
     detached = [value.detach() for value in tensors]
     intervals = _C.IntervalWalk(bm._program, detached, _detached(native_regions), options)
     centre = _C.IntervalWalk(bm._program, detached, _detached(points), options)
