@@ -29,6 +29,8 @@ ifeq ($(origin TORCH),undefined)
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 SAY := @printf '==> %s\n'
+# One process a core, four at most, each with one thread.
+PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
 
 TORCH_STAMP := $(STAMPS)/torch-is-$(subst /,_,$(subst =,_,$(TORCH)))
 CPP_SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -77,11 +79,11 @@ demo: $(STAMPS)/installed $(STAMPS)/extra-demo
 
 test: lint $(STAMPS)/installed $(STAMPS)/extra-test
 	$(SAY) "running the tests (the exhaustive ones: make test-all)"
-	@$(PY) -m pytest -m "not slow and not cuda" $(PYTEST_ARGS)
+	@$(PARALLEL) -m "not slow and not cuda" $(PYTEST_ARGS)
 
 test-all: lint $(STAMPS)/installed $(STAMPS)/extra-test
 	$(SAY) "running every test that needs no GPU"
-	@$(PY) -m pytest -m "not cuda" $(PYTEST_ARGS)
+	@$(PARALLEL) -m "not cuda" $(PYTEST_ARGS)
 
 test-cuda: $(STAMPS)/installed $(STAMPS)/extra-test
 	$(SAY) "running the tests that need a CUDA build and a GPU"
