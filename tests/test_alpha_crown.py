@@ -171,7 +171,7 @@ def test_relax_rows_has_the_gradient_of_its_formula(from_table):
         for f in (mine, plain)
     ]
     for a, b in zip(mine(rows, slope, intercept) + found[0], plain(rows, slope, intercept) + found[1]):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # float64, the same sums in another order
 
 
 # ---- never looser, and sound ------------------------------------------------------------------------

@@ -518,7 +518,7 @@ def test_output_constraints_tighten_soundly():
         def forward(self, x):
             return torch.relu(x.matmul(self.w1.t())).matmul(self.w2.t())
 
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="output constraints need scipy, of the extra 'solvers'")
     net = Net()
     low, high = torch.tensor([[-1.0, -2.0]]), torch.tensor([[2.0, 1.0]])
     args = {"apply_output_constraints_to": ["BoundMatMul", "BoundInput"], "tighten_input_bounds": True}

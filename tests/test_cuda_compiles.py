@@ -77,7 +77,7 @@ def test_torch_facing_files_compile_against_this_torch(tmp_path):
     assert files
     stubs = [] if torch.version.cuda else [f"-isystem{ROOT / 'tests/cpp/torch_stubs'}"]
     for path in files:
-        command = [shutil.which("g++") or pytest.skip("no C++ compiler"), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]  # fmt: skip
+        command = [shutil.which("g++") or pytest.skip("no g++ to check the syntax with"), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]  # fmt: skip
         command += [f"-I{ROOT / 'csrc'}", *stubs, *toolkit_includes(), "-DPYCERT_WITH_CUDA=1"]
         command += [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
         command += [f"-isystem{sysconfig.get_path('include')}", str(path)]

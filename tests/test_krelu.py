@@ -63,7 +63,9 @@ def test_the_checker_finds_a_row_that_is_wrong_by_a_rounding():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("family", ["net", "correlated", "cloud", "thin", "box", "stable"])
 def test_pairs_are_exact(family, seed):
-    linprog = pytest.importorskip("scipy.optimize").linprog
+    linprog = pytest.importorskip(
+        "scipy.optimize", reason="the exact hull is found by linear programs"
+    ).linprog
     rng = np.random.default_rng([seed, FAMILIES.index(family)])
     limit = limits(rng, family, 2)
     rows, vertices = hull_of(limit), ExactHull(limit).vertices()
@@ -76,7 +78,9 @@ def test_pairs_are_exact(family, seed):
 
 @pytest.mark.parametrize(("k", "limit_gap"), [(3, 0.08), pytest.param(4, 0.12, marks=pytest.mark.slow)])
 def test_larger_groups_are_close_to_their_hulls(k, limit_gap):
-    linprog = pytest.importorskip("scipy.optimize").linprog
+    linprog = pytest.importorskip(
+        "scipy.optimize", reason="the exact hull is found by linear programs"
+    ).linprog
     gaps = []
     for seed in range(6 if k == 3 else 2):
         rng = np.random.default_rng([seed, k])
@@ -113,7 +117,9 @@ def test_two_neurons_of_the_primer():
 
 def test_an_identity_coordinate_makes_the_maximum_exact():
     """max(x1, x2) = x2 + relu(x1 - x2) over [0, 1]^2, with the group (x2, x1 - x2): at most 1, and 1.5 by the triangle."""
-    linprog = pytest.importorskip("scipy.optimize").linprog
+    linprog = pytest.importorskip(
+        "scipy.optimize", reason="the exact hull is found by linear programs"
+    ).linprog
     C = directions(2)
     corners = np.array([[0, 0], [1, 0], [0, 1], [1, 1]]) @ np.array([[0, 1], [1, -1]])
     limit = (C @ corners.T).max(1)

@@ -159,21 +159,13 @@ def test_bounds_are_the_same_while_recorded(method):
     assert all(torch.equal(a, b) for a, b in zip(plain, seen))
 
 
+COMMAND = ["profile", f"{__file__}:build", "--input-shape", "1", "8", "8"]
+
+
 def test_the_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     files = [str(tmp_path / name) for name in ("out.json", "trace.json", "picture.png")]
-    command = [
-        "profile",
-        f"{__file__}:build",
-        "--input-shape",
-        "1",
-        "8",
-        "8",
-        "--eps",
-        "2/255",
-        "--batch",
-        "2",
-    ]
+    command = [*COMMAND, "--eps", "2/255", "--batch", "2"]
     status = cli.main([*command, "--json", files[0], "--trace", files[1], "--plot", files[2], "--gradient"])
     assert status == 0
     printed = capsys.readouterr().out
@@ -193,18 +185,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_samples_of_a_file(tmp_path, capsys):
-    command = [
-        "profile",
-        f"{__file__}:build",
-        "--input-shape",
-        "1",
-        "8",
-        "8",
-        "--eps",
-        "0.1",
-        "--method",
-        "ibp",
-    ]
+    command = [*COMMAND, "--eps", "0.1", "--method", "ibp"]
     torch.save(torch.rand(4, 1, 8, 8), tmp_path / "x.pt")
     assert cli.main([*command, "--input", str(tmp_path / "x.pt"), "--by", "kernel"]) == 0
     torch.save(torch.rand(4, 8, 8), tmp_path / "wrong.pt")

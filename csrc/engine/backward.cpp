@@ -66,6 +66,7 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
+    check_first_order(grads, "back-substitution");
     PrecisionGuard guard;
     const auto s = ctx->get_saved_variables();
     const Tensor &x = s[0], &w = s[1];
@@ -78,12 +79,9 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
     const bool transposed = ctx->saved_data["transposed"].toBool();
     Tensor to_x, to_w;
     if (ctx->needs_input_grad(0)) {
-      Pair rest{0, 0};
-      for (int64_t axis = 0; !transposed && axis < 2; ++axis)
-        rest[size_t(axis)] =
-            x.size(axis + 2) - ((grads[0].size(axis + 2) - 1) * stride[size_t(axis)] - 2 * padding[size_t(axis)] +
-                                dilation[size_t(axis)] * (w.size(axis + 2) - 1) + 1);
-      to_x = rows_convolution(grads[0], w, {stride, padding, dilation, rest, groups, !transposed}, s[2]);
+      ConvGeometry back{stride, padding, dilation, {0, 0}, groups, !transposed};
+      if (!transposed) back.output_padding = padding_up_to(x.sizes(), grads[0].sizes(), w, back);
+      to_x = rows_convolution(grads[0], w, back, s[2]);
     }
     if (ctx->needs_input_grad(1))
       to_w = std::get<1>(at::convolution_backward(grads[0], x, w, {}, stride, padding, dilation, transposed,
@@ -670,12 +668,8 @@ void Walk::conv(int64_t i, Rows rows) {
       return give(node.inputs[0], std::move(next));
     }
   }
-  const auto rest = [&](int64_t axis, int64_t size) {
-    return size - ((node.shape[size_t(axis) + 1] - 1) * g.stride[size_t(axis)] - 2 * g.padding[size_t(axis)] +
-                   g.dilation[size_t(axis)] * (weight.size(axis + 2) - 1) + 1);
-  };
   const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
-  const Pair output_padding{rest(0, height), rest(1, width)};
+  const Pair output_padding = padding_up_to(input.shape, node.shape, weight, g);
   next.data = convolve(image, weight, {g.stride, g.padding, g.dilation, output_padding, g.groups, true}, alike(rows));
   next.source = rows.source;
   give(node.inputs[0], std::move(next));

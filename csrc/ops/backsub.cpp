@@ -314,12 +314,6 @@ auto handle(const char* name, Function*) {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-void check_first_order(const variable_list& grads) {
-  for (const auto& g : grads)
-    TORCH_CHECK_NOT_IMPLEMENTED(!(at::GradMode::is_enabled() && g.defined() && g.requires_grad()),
-                                "back-substitution: second derivatives are not supported");
-}
-
 // Rows with a source or a sign have no gradient themselves; a bias never has one.
 struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& rows, const OptionalTensor& source,
@@ -344,7 +338,7 @@ struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
     return {out, sums};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads);
+    check_first_order(grads, "back-substitution");
     PYCERT_HANDLE("relax_rows_backward", relax_backward_cpu);
     const auto s = ctx->get_saved_variables();
     const Tensor& sums = s[10];
@@ -376,7 +370,7 @@ struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads);
+    check_first_order(grads, "back-substitution");
     PYCERT_HANDLE("concretize_rows_backward", concretize_backward_cpu);
     const auto s = ctx->get_saved_variables();
     auto [rows, first, second] =
@@ -402,7 +396,7 @@ struct RelayoutFunction : torch::autograd::Function<RelayoutFunction> {
     return op.call(rows, source, negative_from, sample, position, from, to, extent);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads);
+    check_first_order(grads, "back-substitution");
     PYCERT_HANDLE("relayout_rows_backward", relayout_backward_cpu);
     const auto s = ctx->get_saved_variables();
     const auto shape = ctx->saved_data["shape"].toIntVector();

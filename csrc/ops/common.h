@@ -124,4 +124,11 @@ inline std::optional<at::Tensor> optional_of(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
 }
 
+// Raises when a gradient of the gradient is asked for, instead of giving a wrong one.
+inline void check_first_order(const std::vector<at::Tensor>& grads, const char* op) {
+  for (const at::Tensor& g : grads)
+    if (at::GradMode::is_enabled() && g.defined() && g.requires_grad())
+      C10_THROW_ERROR(NotImplementedError, std::string(op) + ": second derivatives are not supported");
+}
+
 }  // namespace pycert

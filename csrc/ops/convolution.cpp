@@ -123,6 +123,17 @@ IntervalProducts interval_convolutions(const Tensor& mid, const Tensor& radius, 
           by_kernel(radius.contiguous(), w, g, {}, true, fast && has_fast_radius(weight.scalar_type()))};
 }
 
+Pair padding_up_to(IntArrayRef to, IntArrayRef from, const Tensor& weight, const ConvGeometry& g) {
+  ConvGeometry plain = g;
+  plain.transposed = true;
+  plain.output_padding = {0, 0};
+  const auto rest = [&](size_t axis) {
+    const size_t behind = 2 - axis;  // the last two dimensions
+    return to[to.size() - behind] - size_after(from[from.size() - behind], weight.size(int64_t(axis) + 2), plain, axis);
+  };
+  return {rest(0), rest(1)};
+}
+
 int64_t convolution_chain(const Tensor& weight, const ConvGeometry& g) {
   const int64_t inner = channels_of(weight, g).first, taps = weight.size(2) * weight.size(3), terms = inner * taps;
   if (!has_kernel(weight, g)) return terms;

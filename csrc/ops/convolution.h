@@ -22,6 +22,9 @@ IntervalProducts interval_convolutions(const at::Tensor& mid, const at::Tensor& 
 bool interval_convolutions_pay(const at::Tensor& mid, const at::Tensor& weight, const ConvGeometry& geometry);
 bool has_fast_radius(at::ScalarType dtype);
 
+// The output padding with which the transposed convolution of images like `from` has the height and width of `to`.
+Pair padding_up_to(at::IntArrayRef to, at::IntArrayRef from, const at::Tensor& weight, const ConvGeometry& geometry);
+
 // Length of one summation chain of rows_convolution, at most.
 int64_t convolution_chain(const at::Tensor& weight, const ConvGeometry& geometry);
 

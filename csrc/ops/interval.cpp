@@ -540,12 +540,7 @@ TensorTuple4 conv2d_backward_cpu(const Tensor& grad_lower, const Tensor& grad_up
   const record::Kernel range(weight.device(), "convolution (gradient)",
                              record::on() ? convolution_cost(lower, weight, g, by_library) : Cost());
   if (by_kernel) {
-    for (size_t axis = 0; axis < 2; ++axis)
-      back.output_padding[axis] =
-          transposed ? 0
-                     : lower.size(int64_t(axis) + 2) -
-                           ((dc.size(int64_t(axis) + 2) - 1) * back.stride[axis] - 2 * back.padding[axis] +
-                            back.dilation[axis] * (weight.size(int64_t(axis) + 2) - 1) + 1);
+    back.output_padding = transposed ? Pair{0, 0} : padding_up_to(lower.sizes(), dc.sizes(), weight, back);
     const auto products = interval_convolutions(dc, dr, weight, back, false);
     grad_mid = products.centre;
     grad_radius = products.radius;
@@ -627,16 +622,6 @@ Box call_conv2d(const Tensor& lower, const Tensor& upper, const Tensor& weight, 
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-[[noreturn]] void no_second_derivative(const char* op) {
-  C10_THROW_ERROR(NotImplementedError, std::string(op) + ": second derivatives are not supported");
-}
-
-// Raises when a gradient of the gradient is asked for, instead of giving a wrong one.
-void check_first_order(const variable_list& grads, const char* op) {
-  for (const auto& g : grads)
-    if (at::GradMode::is_enabled() && g.defined() && g.requires_grad()) no_second_derivative(op);
-}
 
 Tensor defined_or_zeros(const Tensor& grad, const Tensor& like) { return grad.defined() ? grad : at::zeros_like(like); }
 

@@ -219,12 +219,6 @@ auto handle(const char* name) {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-void check_first_order(const variable_list& grads, const char* op) {
-  for (const auto& g : grads)
-    if (at::GradMode::is_enabled() && g.defined() && g.requires_grad())
-      C10_THROW_ERROR(NotImplementedError, std::string(op) + ": second derivatives are not supported");
-}
-
 // The singular vectors count as constants (they are stationary): d sigma = <v u^T, dW>.
 struct PowerFunction : torch::autograd::Function<PowerFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& weight, const OptionalTensor& row_mask,
