@@ -291,6 +291,13 @@ def test_second_derivatives_raise():
         )
 
 
+def test_second_derivatives_behind_a_convolution_raise():
+    net, x = torch.nn.Conv2d(2, 3, 3).double(), draw(1, 2, 5, 5)
+    bounds = pycert.BoundedModule(net, x).bound(pycert.LpBall(x, 0.1), method="crown", soundness="none")
+    with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
+        torch.autograd.grad(bounds.lower.square().sum(), net.weight, create_graph=True)
+
+
 def compiled_equals_eager(function, *arguments: Tensor) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True)
