@@ -324,11 +324,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         o.custom_interval = interval_callback(std::move(interval));
       });
 
-  py::class_<Program>(m, "Program")
+  py::class_<Program, std::shared_ptr<Program>>(m, "Program")
       .def(py::init([](const std::vector<py::dict>& nodes, int64_t output) {
              std::vector<Node> list;
              for (const py::dict& d : nodes) list.push_back(node_of(d));
-             return std::make_unique<Program>(std::move(list), output);
+             return std::make_shared<Program>(std::move(list), output);
            }),
            py::arg("nodes"), py::arg("output"))
       .def("bound", &bound, py::arg("params"), py::arg("regions"), py::arg("options"), py::arg("spec"))

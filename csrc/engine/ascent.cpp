@@ -27,17 +27,6 @@ constexpr double kDecay = 0.98;                         // of the rate, per step
 constexpr int64_t kPreferredBytes = int64_t(32) << 20;  // of one ascent
 constexpr double kShareThatPays = 0.25;                 // of groups that are done, for leaving them out
 
-// Nodes that a walk from `start` passes.
-std::vector<bool> passed(const Program& program, int64_t start) {
-  std::vector<bool> out(size_t(start) + 1);
-  out[size_t(start)] = true;
-  for (int64_t i = start; i >= 0; --i) {
-    if (!out[size_t(i)]) continue;
-    for (int64_t j : program.node(i).inputs) out[size_t(j)] = true;
-  }
-  return out;
-}
-
 // Where a row is good enough; upper bounds are lower bounds of negated rows.
 Tensor targets(const Start& start, double threshold) {
   const Tensor all = at::full({start.count()}, threshold, start.sample.options().dtype(at::kDouble));
@@ -66,7 +55,7 @@ class Ascender {
     best_row_ = at::arange(sample_.size(0), sample_.options());
     at_best_ = at::full({start_.count()}, -kInfinity, sound_.options());
     target_ = targets(start_, threshold);
-    const auto reached = passed(plain.program(), start.node);
+    const auto reached = plain.program().before(start.node);
     for (int64_t i = 0; i <= start.node; ++i) {
       if (!reached[size_t(i)] || !plain.has_free_slope(i)) continue;
       SlopeRange range = plain.slope_range(i);
@@ -210,7 +199,7 @@ Slopes search_in_chunks(Context& context, Context& plain, const Start& start, co
 
 // Every coefficient is kept for the gradient, twice where it passes an activation.
 double ascent_bytes(const Context& context, int64_t start) {
-  const auto reached = passed(context.program(), start);
+  const auto reached = context.program().before(start);
   double numbers = 0;
   for (int64_t i = 0; i <= start; ++i) {
     if (!reached[size_t(i)]) continue;

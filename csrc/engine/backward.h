@@ -105,6 +105,9 @@ class Walk {
 WalkResult walk(Context& context, const Start& start, bool stop_at_activations, bool keep_linear,
                 const Slopes* slopes = nullptr);
 
+// The lower bounds of one walk whose coefficients are formed again for the gradient instead of being kept.
+Tensor recomputed_walk(Context& context, const Start& start);
+
 // The same with the best of the lower slopes that `options.ascent` finds, never below the walk with those of the rule;
 // rows beyond `threshold` are left as they are.
 WalkResult ascend(Context& context, const Start& start, bool keep_linear, double threshold);

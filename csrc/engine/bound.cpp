@@ -254,16 +254,18 @@ void Context::refine(int64_t i, bool all) {
   const record::Bounding bounding(node.label, 2 * sample.size(0), batch_ * node.numel);
   const RowCost cost = row_cost(*this, i, true, false);
   const double threshold = only_sign_matters(program_, i) ? 0 : std::numeric_limits<double>::infinity();
+  const int64_t chunk = chunk_rows(2 * cost.bytes, options_.memory, preferred_bytes(*this, kChunkBytes));
+  const bool recompute = grad_ && sample.size(0) > chunk;
   std::vector<Tensor> lowers, uppers;
-  in_chunks(*this, sample.size(0), chunk_rows(2 * cost.bytes, options_.memory, preferred_bytes(*this, kChunkBytes)),
-            [&](int64_t begin, int64_t end) {
-              const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
-              const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin};
-              const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
-                                                                 : walk(*this, start, false, false).lower;
-              lowers.push_back(values.narrow(0, 0, end - begin));
-              uppers.push_back(-values.narrow(0, end - begin, end - begin));
-            });
+  in_chunks(*this, sample.size(0), chunk, [&](int64_t begin, int64_t end) {
+    const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
+    const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin};
+    const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
+                          : recompute                  ? recomputed_walk(*this, start)
+                                                       : walk(*this, start, false, false).lower;
+    lowers.push_back(values.narrow(0, 0, end - begin));
+    uppers.push_back(-values.narrow(0, end - begin, end - begin));
+  });
   Tensor lower = at::cat(lowers), upper = at::cat(uppers);
   const Tensor flat_lower = old_lower.reshape({batch_, -1}), flat_upper = old_upper.reshape({batch_, -1});
   if (all || options_.intersect || node.op == Op::Limit) {
@@ -293,9 +295,13 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
   const Sides sides{side == Side::Both, side == Side::Upper};
   const record::Bounding bounding("output", sides.copies() * total, total);
   const RowCost cost = row_cost(context, output, !spec.has_value(), stop_at_activations);
-  const int64_t chunk = context.grad() ? total
-                                       : chunk_rows(double(sides.copies()) * cost.bytes, context.options().memory,
-                                                    preferred_bytes(context, kChunkBytes * 4));
+  const int64_t memory = context.options().memory;
+  int64_t chunk = total;
+  if (!context.grad())
+    chunk = chunk_rows(double(sides.copies()) * cost.bytes, memory, preferred_bytes(context, kChunkBytes * 4));
+  else if (context.options().ascent.iterations == 0)  // what is kept for the gradient
+    chunk = chunk_rows(double(sides.copies()) * ascent_bytes(context, output), memory, memory);
+  const bool recompute = context.grad() && chunk < total && !stop_at_activations && !keep_linear;
   std::vector<Tensor> lowers, uppers, low_constants, up_constants;
   const size_t inputs = size_t(context.program().input_count());
   std::vector<std::vector<Tensor>> low_A(inputs), up_A(inputs);
@@ -316,7 +322,8 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
       if (sides.both) start.source = twice(at::arange(rows_here, context.index_options()), true);
     }
     const Ascent& ascent = context.options().ascent;
-    const WalkResult result = ascent.iterations > 0 && !stop_at_activations
+    const WalkResult result = recompute ? WalkResult{recomputed_walk(context, start), {}, {}}
+                              : ascent.iterations > 0 && !stop_at_activations
                                   ? ascend(context, start, keep_linear, ascent.threshold)
                                   : walk(context, start, stop_at_activations, keep_linear);
     const auto take = [&](const Tensor& t, bool upper) {

@@ -151,6 +151,12 @@ class Context {
 
   Context plain() const;  // the same boxes in plain arithmetic, without gradients
 
+  // recompute.cpp
+  // What a walk from `start` reads in plain arithmetic, in a fixed order. With `find`, lines that are not there yet are
+  // found; else there is room for them.
+  std::vector<Tensor*> reads(int64_t start, bool find);
+  std::unique_ptr<Context> shell() const;  // the same call in plain arithmetic, without boxes and lines
+
   const Program& program() const { return program_; }
   const Options& options() const { return options_; }
   const std::vector<InputRegion>& regions() const { return regions_; }
@@ -161,6 +167,8 @@ class Context {
   at::TensorOptions index_options() const { return tensor_options().dtype(at::kLong); }
 
  private:
+  struct Plain {};
+  Context(const Context& other, Plain);
   const Lines& flattest_lines(int64_t activation);
   Tensor moved_intercept(int64_t activation, const Tensor& slope, const Tensor& intercept, const Tensor& sample,
                          double sign);

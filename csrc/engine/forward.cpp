@@ -71,17 +71,28 @@ Tensor usable(const Tensor& t) {
   return t.is_inference() ? t.clone() : t.detach();
 }
 
+// Boxes are not taken over.
+Context::Context(const Context& other, Plain)
+    : program_(other.program_),
+      options_(other.options_),
+      batch_(other.batch_),
+      dtype_(other.dtype_),
+      grad_(false),
+      convert_(other.convert_),
+      boxes_(other.boxes_.size()),
+      live_(other.live_) {
+  at::NoGradGuard no_grad;
+  for (const Tensor& p : other.params_) params_.push_back(usable(p));
+  for (const InputRegion& r : other.regions_)
+    regions_.push_back({usable(r.lower), usable(r.upper), usable(r.centre), usable(r.eps), r.p, r.clipped});
+  for (const auto& [mean, variance] : other.statistics_) statistics_.push_back({usable(mean), usable(variance)});
+  options_.soundness = Soundness::None;
+  options_.ascent = {};
+}
+
 Context Context::plain() const {
   at::NoGradGuard no_grad;
-  std::vector<Tensor> params;
-  for (const Tensor& p : params_) params.push_back(usable(p));
-  std::vector<InputRegion> regions;
-  for (const InputRegion& r : regions_)
-    regions.push_back({usable(r.lower), usable(r.upper), usable(r.centre), usable(r.eps), r.p, r.clipped});
-  Options options = options_;
-  options.soundness = Soundness::None;
-  options.ascent = {};
-  Context out(program_, std::move(params), std::move(regions), std::move(options));
+  Context out(*this, Plain());
   for (size_t i = 0; i < boxes_.size(); ++i)
     out.boxes_[i] = {usable(std::get<0>(boxes_[i])), usable(std::get<1>(boxes_[i]))};
   return out;

@@ -134,15 +134,25 @@ constexpr int64_t kNonAffine = 1000000;
 
 struct Program::Copies {
   std::mutex mutex;
-  std::map<std::string, std::unique_ptr<Program>> by_device;
+  std::map<std::string, std::shared_ptr<Program>> by_device;
 };
+
+std::vector<bool> Program::before(int64_t node) const {
+  std::vector<bool> out(size_t(node) + 1);
+  out[size_t(node)] = true;
+  for (int64_t i = node; i >= 0; --i) {
+    if (!out[size_t(i)]) continue;
+    for (int64_t j : nodes_[size_t(i)].inputs) out[size_t(j)] = true;
+  }
+  return out;
+}
 
 const Program& Program::on(c10::Device device) const {
   if (device == device_) return *this;
   const std::lock_guard<std::mutex> lock(copies_->mutex);
   auto& copy = copies_->by_device[device.str()];
   if (!copy) {
-    copy = std::make_unique<Program>(*this);
+    copy = std::make_shared<Program>(*this);
     copy->device_ = device;
     copy->copies_ = std::make_shared<Copies>();
     for (Node& node : copy->nodes_)

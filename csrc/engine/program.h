@@ -110,7 +110,7 @@ int64_t kind_of(Op op);                  // pycert::Activation of an elementwise
 double first_number(const Node& node);   // of an activation: slope, alpha or minimum
 double second_number(const Node& node);  // maximum or threshold
 
-class Program {
+class Program : public std::enable_shared_from_this<Program> {
  public:
   Program(std::vector<Node> nodes, int64_t output);
   const std::vector<Node>& nodes() const { return nodes_; }
@@ -121,6 +121,8 @@ class Program {
   // max2, min2.
   const std::vector<int64_t>& preactivations() const { return preactivations_; }
   bool is_preactivation(int64_t i) const { return relaxed_by_[size_t(i)]; }
+  // Which of the nodes 0..node the value of `node` depends on, itself included.
+  std::vector<bool> before(int64_t node) const;
   // The same program with its index tensors on the device; made once.
   const Program& on(c10::Device device) const;
 
