@@ -440,12 +440,26 @@ Rows Walk::merge(int64_t i) {
   }
   Rows out;
   out.window = target;
-  for (const Rows& part : parts) {
-    const bool ready = equal(part.window, target) && !part.source.source.defined() &&
-                       part.source.negative_from >= index_.count() && part.inside;
-    const Tensor data =
-        ready ? part.data : relayout_rows(part.data, part.source, index_, part.window, target, node.extent());
-    out.data = out.data.defined() ? out.data + data.reshape(out.data.sizes()) : data;
+  const auto ready = [&](const Rows& part) {
+    return equal(part.window, target) && !part.source.source.defined() && part.source.negative_from >= index_.count() &&
+           part.inside;
+  };
+  const auto laid_out = [&](const Rows& part) {
+    return relayout_rows(part.data, part.source, index_, part.window, target, node.extent());
+  };
+  if (parts.size() == 2 && !any_needs_grad(parts[0].data, parts[1].data)) {
+    const auto own = [&](const Rows& part) {  // rows that nobody else reads
+      return ready(part) && part.data.is_contiguous() && part.data.use_count() == 1 &&
+             part.data.storage().use_count() == 1;
+    };
+    if (own(parts[1])) std::swap(parts[0], parts[1]);
+    out.data = own(parts[0]) ? parts[0].data : laid_out(parts[0]);
+    add_rows(out.data, parts[1].data, parts[1].source, index_, parts[1].window, target, node.extent());
+  } else {
+    for (const Rows& part : parts) {
+      const Tensor data = ready(part) ? part.data : laid_out(part);
+      out.data = out.data.defined() ? out.data + data.reshape(out.data.sizes()) : data;
+    }
   }
   if (context_.sound() && enabled(Term::BacksubOwn)) {
     // The additions just made err by at most gamma_{k-1} sum |part|; for two parts by u |sum|, which is one pass.

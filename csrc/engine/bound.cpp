@@ -279,7 +279,8 @@ void Context::refine(int64_t i, bool all) {
   radius_.erase(i);
   radius_sums_.erase(i);
   centred_boxes_.erase(i);
-  for (int64_t key : {2 * i, 2 * i + 1}) charges_.erase(key);
+  if (node.op != Op::Linear && node.op != Op::Conv)  // theirs follow the boxes of what they read
+    for (int64_t key : {2 * i, 2 * i + 1}) charges_.erase(key);
   for (int64_t key = 4 * i; key < 4 * i + 4; ++key) relax_charges_.erase(key);
 }
 

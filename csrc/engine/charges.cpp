@@ -14,10 +14,17 @@ namespace pycert::engine {
 
 namespace {
 
-// W t and |W| t of a layer's input [R, K] or [R, C, H, W]; the first only where asked for.
-Box affine_products(const Node& node, const Tensor& weight, const Tensor& t, bool signed_too) {
-  if (node.op == Op::Linear) return linear_products(weight, t, t, signed_too);
-  return {signed_too ? direct_conv2d(t, weight, node.conv) : Tensor(), direct_conv2d(t, weight.abs(), node.conv)};
+// W s, |W| s and |W| r of what an affine layer reads, [R, K] or [R, C, H, W]; the first only where asked for, the last
+// where r is defined.
+std::array<Tensor, 3> affine_products(const Node& node, const Tensor& weight, const Tensor& s, const Tensor& r,
+                                      bool signed_too) {
+  if (node.op == Op::Linear) {
+    const auto [signed_sum, absolute] = linear_products(weight, s, s, signed_too);
+    return {signed_sum, absolute, r.defined() ? std::get<1>(linear_products(weight, r, r, false)) : Tensor()};
+  }
+  const Tensor magnitude = weight.abs();
+  return {signed_too ? direct_conv2d(s, weight, node.conv) : Tensor(), direct_conv2d(s, magnitude, node.conv),
+          r.defined() ? direct_conv2d(r, magnitude, node.conv) : Tensor()};
 }
 
 }  // namespace
@@ -123,11 +130,14 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
     const auto shaped = [&](const Tensor& t) {
       return dense ? t.reshape({rows, -1}) : t.reshape({batch_, in_shape[0], in_shape[1], in_shape[2]});
     };
-    std::tie(sums.signed_sum, sums.absolute) = affine_products(node, plain, shaped(input.size), k.network);
+    const Tensor reach = centred ? shaped(radius(node.inputs[0])) : Tensor();
+    const auto products = affine_products(node, plain, shaped(input.size), reach, k.network);
+    sums.signed_sum = products[0];
+    sums.absolute = products[1];
     if (centred) {
       k.centre = 2 * u;
       k.exact = gamma(terms + 8, at::kDouble);
-      sums.radius = std::get<1>(affine_products(node, plain, shaped(radius(node.inputs[0])), false));
+      sums.radius = products[2];
       sums.centre = centre(i);
     }
   } else {

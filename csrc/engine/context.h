@@ -122,6 +122,8 @@ class Context {
   Tensor weight(const Node& node) const;        // conv: 4-dimensional
   Tensor bias(const Node& node) const { return param(node, 1); }
   Tensor param(const Node& node, size_t i) const;
+  bool converts() const { return convert_; }  // parameters of another dtype, as they are used
+  const Tensor& given(const Node& node, size_t i) const { return params_[size_t(node.params[i])]; }
 
   // relax.cpp
   const Lines& lines(int64_t activation);  // of an elementwise activation

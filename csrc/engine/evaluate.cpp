@@ -5,6 +5,7 @@
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/elu.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/leaky_relu.h>
@@ -54,6 +55,23 @@ Tensor normalise(const Context& c, const Node& node, const Tensor& x, std::vecto
   return x * per_channel(c.scale_of(node), x) + per_channel(c.term_of(node), x);
 }
 
+// x W^T + b for weights of another dtype, which are converted block by block in a buffer that stays in the cache.
+Tensor converted_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  constexpr int64_t kBlock = int64_t(1) << 15;
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  const int64_t block = std::clamp<int64_t>(kBlock / std::max<int64_t>(1, columns), 1, std::max<int64_t>(1, rows));
+  const Tensor buffer = at::empty({block, columns}, x.options());
+  std::vector<Tensor> parts{at::empty({0}, x.options())};
+  for (int64_t begin = 0; begin < rows; begin += block) {
+    const int64_t count = std::min(block, rows - begin);
+    const Tensor converted = buffer.narrow(0, 0, count);
+    converted.copy_(weight.narrow(0, begin, count));
+    parts.push_back(at::linear(x, converted));
+  }
+  const Tensor product = at::cat(parts, -1);
+  return bias.defined() ? product + bias : product;
+}
+
 }  // namespace
 
 std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs,
@@ -75,7 +93,10 @@ std::vector<Tensor> evaluate(const Context& c, const std::vector<Tensor>& inputs
         values[i] = c.param(node, 0).expand(shape);
         break;
       case Op::Linear:
-        values[i] = at::linear(in(0), c.weight(node), optional_of(c.bias(node)));
+        if (c.converts())
+          values[i] = converted_linear(in(0), c.given(node, 0), c.bias(node));
+        else
+          values[i] = at::linear(in(0), c.weight(node), optional_of(c.bias(node)));
         break;
       case Op::Conv:
         if (!in(0).is_cpu() && !any_needs_grad(in(0), c.weight(node), c.bias(node))) {  // cuDNN may transform

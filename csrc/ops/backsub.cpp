@@ -147,6 +147,21 @@ Tensor relayout_cpu(const Tensor& rows, const OptionalTensor& source, int64_t ne
   return out;
 }
 
+void add_cpu(Tensor& out, const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
+             const OptionalTensor& position, IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
+  const Map m(source, negative_from, sample, position);
+  const Window f = window_of(from), t = window_of(to);
+  const Extent e = extent_of(extent);
+  const Tensor r = rows.contiguous();
+  check_rows(r, m, f, e, "add_rows");
+  check_rows(out, Map({}, INT64_MAX, sample, position), t, e, "add_rows");
+  check_same(r, out, "add_rows", "rows", "out");
+  TORCH_CHECK_VALUE(out.is_contiguous(), "add_rows: out must be contiguous");
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "add_rows", [&] {
+    kernels<scalar_t>(r)->relayout({r.const_data_ptr<scalar_t>(), m.map, f, t, e, out.data_ptr<scalar_t>(), true});
+  });
+}
+
 Tensor concretize_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
                       const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const Tensor& first,
                       const Tensor& second, int64_t norm) {
@@ -506,6 +521,14 @@ Tensor relayout_rows(const Tensor& rows, const RowSource& source, const RowIndex
                  encode(from), encode(to), encode(extent));
 }
 
+void add_rows(Tensor& out, const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& from,
+              const Window& to, const Extent& extent) {
+  PYCERT_HANDLE("add_rows", add_cpu);
+  at::AutoDispatchBelowADInplaceOrView below;
+  op.call(out, rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
+          encode(from), encode(to), encode(extent));
+}
+
 Tensor concretize_box(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                       const Extent& extent, const Tensor& lower, const Tensor& upper) {
   PYCERT_HANDLE("concretize_rows", concretize_cpu);
@@ -537,6 +560,9 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "relayout_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] from, "
       "int[] to, int[] extent) -> Tensor");
   m.def(
+      "add_rows(Tensor(a!) out, Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] "
+      "from, int[] to, int[] extent) -> ()");
+  m.def(
       "relayout_rows_backward(Tensor grad_out, int table_rows, Tensor? source, int negative_from, Tensor sample, "
       "Tensor? position, int[] from, int[] to, int[] extent) -> Tensor");
   m.def(
@@ -556,6 +582,7 @@ static void register_backsub(torch::Library& m) {
   m.impl("relax_rows_backward", relax_backward_cpu);
   m.impl("dot_rows", dot_cpu);
   m.impl("relayout_rows", relayout_cpu);
+  m.impl("add_rows", add_cpu);
   m.impl("relayout_rows_backward", relayout_backward_cpu);
   m.impl("concretize_rows", concretize_cpu);
   m.impl("concretize_rows_backward", concretize_backward_cpu);

@@ -45,6 +45,10 @@ RowSums dot_rows(const at::Tensor& rows, const RowSource& source, const RowIndex
 at::Tensor relayout_rows(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& from,
                          const Window& to, const Extent& extent);
 
+// Adds the rows, laid out as `to`, to `out`; no gradient.
+void add_rows(at::Tensor& out, const at::Tensor& rows, const RowSource& source, const RowIndex& index,
+              const Window& from, const Window& to, const Extent& extent);
+
 // Least value over the box [lower, upper], each [B, n]: [2, Q] double, value and magnitude.
 at::Tensor concretize_box(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                           const Extent& extent, const at::Tensor& lower, const at::Tensor& upper);
