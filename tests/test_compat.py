@@ -273,6 +273,25 @@ def test_modes_are_the_modules_own():
     assert net.training  # the network keeps its mode
 
 
+@pytest.mark.parametrize("method", ["IBP", "CROWN-IBP"])
+def test_batch_statistics_are_those_of_the_clean_input(method):
+    """A region that is not symmetric, as x - eps cut at 0 is: its midpoint is another input."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train()
+    x = inputs(8, 3)
+    module = BoundedModule(net, x)
+    module.train()
+    x_bounded = BoundedTensor(x, PerturbationLpNorm(x_L=x, x_U=x + 0.4))
+    with torch.no_grad():
+        lower, upper = module.compute_bounds(x=(x_bounded,), method=method)
+        score = net[0](x)
+        spread = (score.var(0, unbiased=False) + net[1].eps).sqrt()
+        low = (score + 0.4 * net[0].weight.clamp(max=0).sum(1) - score.mean(0)) / spread
+        high = (score + 0.4 * net[0].weight.clamp(min=0).sum(1) - score.mean(0)) / spread
+    assert torch.allclose(lower, low, atol=1e-4)
+    assert torch.allclose(upper, high, atol=1e-4)
+
+
 def test_gradients_reach_input_and_parameters():
     net, x = mlp(), inputs(2, 1, 2, 3)
     module = BoundedModule(net, x)
