@@ -1,4 +1,6 @@
-"""Certified training by a wrapper of CTRAIN on a part of MNIST: ``compat_launch.py [--here] compat_ctrain.py ibp|crown-ibp``.
+"""Certified training by a wrapper of CTRAIN on a part of MNIST.
+
+``compat_launch.py [--here] compat_ctrain.py ibp|crown-ibp``.
 
 Prints the loss of every epoch, as CTRAIN does, and at the end the sum of the absolute weights and interval bounds.
 """

@@ -1,7 +1,8 @@
-"""Runs an example of auto_LiRPA or CTRAIN unchanged on a machine without a GPU: ``compat_launch.py [--here] SCRIPT ...``.
+"""Runs an example of auto_LiRPA or CTRAIN unchanged on a machine without a GPU.
 
-``--here``: ``auto_LiRPA`` is pycert's. Both sides get the same: tensors that were saved on a GPU are loaded on the CPU where
-there is none, and what CTRAIN imports for its search of hyperparameters is a stand-in where it is not installed.
+``compat_launch.py [--here] SCRIPT ...``; ``--here``: ``auto_LiRPA`` is pycert's. Both sides get the same: tensors that
+were saved on a GPU are loaded on the CPU where there is none, and what CTRAIN imports for its search of
+hyperparameters is a stand-in where it is not installed.
 """
 
 from __future__ import annotations

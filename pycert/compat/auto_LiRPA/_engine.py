@@ -174,6 +174,7 @@ class Question:
     upper: bool = True
     linear: bool = False
     boxes: Boxes | None = None
+    final: int | None = None  # number of the node that is bounded, None: the output
 
     def parsed(self) -> Options:
         side = "both" if self.lower and self.upper else "lower" if self.lower else "upper"
@@ -192,9 +193,11 @@ def answer(engine: Engine, regions: list[Any], question: Question) -> Bounds:
         )
     native, batch = engine._regions(tuple(regions))
     rows = None if question.rows is None else engine._spec(question.rows, batch, native[0][0])
-    return engine._bound(
-        native, rows, question.method, question.parsed(), question.linear, boxes=question.boxes
-    )
+    boxes = question.boxes
+    if boxes is not None and question.final is not None:
+        given, references = ({n: box for n, box in each.items() if n < question.final} for each in boxes)
+        boxes = given, references
+    return engine._bound(native, rows, question.method, question.parsed(), question.linear, boxes=boxes)
 
 
 def tightened(bounds: Bounds, inputs: Inputs) -> Bounds:
