@@ -82,7 +82,7 @@ EXAMPLES = (
     ),
 )
 #: What Gurobi reads in the folder of an example: mixed-integer programs that take longer are given up, on both sides.
-_GUROBI = "TimeLimit 3\nThreads 1\n"
+_GUROBI = "TimeLimit 1\nThreads 1\n"
 _BOUND = re.compile(r"(-?\d+\.\d+) <= .*? <= +(-?\d+\.\d+)")
 _TOLERANCE = 2e-3  # of printed bounds: three decimals
 

@@ -23,7 +23,7 @@ for module, names in (
         if not hasattr(module, name):
             setattr(module, name, mock.MagicMock())
 
-from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm  # noqa: E402
+from auto_LiRPA import BoundedTensor, PerturbationLpNorm  # noqa: E402
 from CTRAIN.data_loaders import load_mnist  # noqa: E402
 from CTRAIN.model_wrappers import CrownIBPModelWrapper, ShiIBPModelWrapper  # noqa: E402
 
@@ -58,7 +58,7 @@ weights = sum(value.detach().double().abs().sum() for value in wrapper.bounded_m
 print(f"sum of absolute weights: {float(weights):.2f}")
 x, _ = next(iter(test))
 x = x[:8]
-module = BoundedModule(wrapper.original_model.eval(), x)
+module = wrapper.bounded_model.eval()
 region = PerturbationLpNorm(x_L=x - 0.02, x_U=x + 0.02)
 with torch.no_grad():
     lower, upper = module.compute_bounds(x=(BoundedTensor(x, region),), method="IBP")
