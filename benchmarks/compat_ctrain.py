@@ -29,14 +29,17 @@ from CTRAIN.model_wrappers import CrownIBPModelWrapper, ShiIBPModelWrapper  # no
 
 
 class Net(nn.Module):
-    """Two convolutions and two linear layers with BatchNorm; CTRAIN reads ``layers``."""
+    """Two convolutions and two linear layers; CTRAIN reads ``layers``.
+
+    No biases before BatchNorm: their gradients are rounding errors, which Adam takes for steps.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(1, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Conv2d(8, 16, 4, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
-            nn.Linear(784, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10),
+            nn.Conv2d(1, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 16, 4, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
+            nn.Linear(784, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10),
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +61,8 @@ weights = sum(value.detach().double().abs().sum() for value in wrapper.bounded_m
 print(f"sum of absolute weights: {float(weights):.2f}")
 x, _ = next(iter(test))
 x = x[:8]
-module = wrapper.bounded_model.eval()
+module = wrapper.bounded_model
+module.eval()
 region = PerturbationLpNorm(x_L=x - 0.02, x_U=x + 0.02)
 with torch.no_grad():
     lower, upper = module.compute_bounds(x=(BoundedTensor(x, region),), method="IBP")
