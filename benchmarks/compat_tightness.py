@@ -15,6 +15,7 @@ from . import libraries
 
 #: Of what the differences are: rounding in float64, relative to the width and the values.
 ROUNDING = 1e-9
+SAMPLES = 8
 SLOPES = ("adaptive", "same-slope", "zero-lb", "one-lb")
 BALLS = {"inf": (math.inf, 0.05), "2": (2.0, 0.3), "1": (1.0, 0.6)}
 
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if "auto_LiRPA" not in libraries.peer_paths(args.peer):
         raise ValueError("tightness needs --peer auto_LiRPA=PATH")
     notes = [
-        "Bounds of the 5 outputs of 16 samples in float64; looser: by more than rounding "
+        f"Bounds of the 5 outputs of {SAMPLES} samples in float64; looser: by more than rounding "
         f"({ROUNDING:g}) than auto_LiRPA's; by how much of the width there, at worst; our mean width as a "
         f"share of theirs. Balls: {', '.join(f'l_{name} {eps}' for name, (_, eps) in BALLS.items())}.",
     ]
@@ -150,8 +151,9 @@ def _tables(quick: bool) -> list[dict[str, Any]]:
 def _questions(norm: str, name: str) -> list[tuple[str, str]]:
     """Methods and slope rules; only for ReLU are the rules the same on both sides."""
     rules = SLOPES if name not in ("LeakyReLU", "abs") else ("adaptive",)
+    rules = rules if norm == "inf" else ("adaptive",)
     found = [("IBP", ""), *((method, slope) for method in ("CROWN-IBP", "CROWN") for slope in rules)]
-    return [*found, (_OPTIMISED, "adaptive")] if norm == "inf" else found
+    return [*found, (_OPTIMISED, "adaptive")] if norm == "inf" and name.startswith("linear") else found
 
 
 def _curved(function: Callable[[Tensor], Tensor], deep: bool) -> Callable[[], nn.Module]:
@@ -168,7 +170,7 @@ def _row(
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.uniform_(-0.3, 0.3)
                 module.running_var.uniform_(0.5, 1.5)
-        x = torch.rand(16, *shape, dtype=torch.float64)
+        x = torch.rand(SAMPLES, *shape, dtype=torch.float64)
     depth = ", 3 layers" if isinstance(net, Deep) and name in SMOOTH else ""
     row: dict[str, Any] = {"network": name + depth, "norm": norm, "method": method, "slopes": slopes}
     import auto_LiRPA
@@ -187,7 +189,7 @@ def _row(
     return {**row, **_compared(ours, theirs)}
 
 
-def _holds(net: nn.Module, x: Tensor, norm: str, bounds: tuple[Tensor, Tensor], count: int = 200) -> bool:
+def _holds(net: nn.Module, x: Tensor, norm: str, bounds: tuple[Tensor, Tensor], count: int = 60) -> bool:
     """Whether executions at random points of the ball lie within the bounds, corners among them for infinity."""
     p, eps = BALLS[norm]
     generator = torch.Generator().manual_seed(1)
