@@ -20,8 +20,8 @@ SMOOTH = [name for name in NAMES if name != "pycert.sign"]
 def boxes(seed: int, dtype: torch.dtype, reach: float) -> tuple[Tensor, Tensor]:
     """Intervals of every width around points near 0 and far out, some of them ending at 0, some points."""
     generator = torch.Generator().manual_seed(seed)
-    centre = reach * (2 * torch.rand(240, generator=generator, dtype=torch.float64) - 1)
-    width = 10 ** (7 * torch.rand(240, generator=generator, dtype=torch.float64) - 6)
+    centre = reach * (2 * torch.rand(120, generator=generator, dtype=torch.float64) - 1)
+    width = 10 ** (7 * torch.rand(120, generator=generator, dtype=torch.float64) - 6)
     lower, upper = (centre - width).to(dtype), (centre + 0.7 * width).to(dtype)
     lower[::20] = upper[::20]
     lower[1::20], upper[1::20] = 0.0, upper[1::20].abs()
@@ -150,7 +150,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown", "alpha-crown", "forward"])
+@pytest.mark.parametrize("method", ["ibp", "crown", "forward"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_networks_stay_within_their_bounds(function, method):
     generator = torch.Generator().manual_seed(0)
