@@ -21,6 +21,7 @@ SUBJECTS = {
     "lipschitz": "benchmarks.bench_lipschitz",
     "paradox": "benchmarks.paradox",
     "compat": "benchmarks.compat",
+    "tightness": "benchmarks.compat_tightness",
 }
 
 

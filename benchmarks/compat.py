@@ -3,6 +3,7 @@
 ``python -m benchmarks compat --peer auto_LiRPA=PATH`` or ``python benchmarks/compat.py --peer auto_LiRPA=PATH``.
 Everything runs in a copy of the peer's checkout, unchanged. Scripts that download data find
 ``benchmarks/standins/torchvision`` unless torchvision is installed; ``$PYCERT_DATA`` or ``../shared`` holds the data.
+``--peer CTRAIN=PATH`` also trains with two of CTRAIN's wrappers.
 """
 
 from __future__ import annotations
@@ -48,17 +49,40 @@ TESTS = (
 )
 _TRAINING = """simple_training.py --device cpu --model mlp_3layer --num_epochs 3 --scheduler_opts start=2,length=1
 --batch_size 64 --eps 0.1""".split()
-#: Folder and command of the named examples.
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """An example: its folder and command, and whether ``compat_launch.py`` starts it."""
+
+    folder: str
+    command: list[str]
+    launched: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/{pathlib.Path(self.command[0]).name}" + (
+            f" {self.command[1]}" if self.folder == "CTRAIN" else ""
+        )
+
+
+#: The named examples.
 EXAMPLES = (
-    ("vision", ["simple_verification.py"]),
-    ("vision", _TRAINING),
-    ("vision", ["bound_option.py"]),
-    ("vision", ["efficient_convolution.py"]),
-    ("simple", ["toy.py"]),
-    ("simple", ["invprop.py"]),
-    ("simple", ["lp_full.py"]),
-    ("simple", ["mip_lp_solver.py"]),
+    Script("vision", ["simple_verification.py"]),
+    Script("vision", _TRAINING),
+    Script("vision", ["bound_option.py"]),
+    Script("vision", ["efficient_convolution.py"]),
+    Script("simple", ["toy.py"]),
+    Script("simple", ["invprop.py"]),
+    Script("simple", ["lp_full.py"], launched=True),
+    Script("simple", ["mip_lp_solver.py"], launched=True),
+    *(
+        Script("CTRAIN", [str(ROOT / "benchmarks" / "compat_ctrain.py"), how], True)
+        for how in ("ibp", "crown-ibp")
+    ),
 )
+#: What Gurobi reads in the folder of an example: mixed-integer programs that take longer are given up, on both sides.
+_GUROBI = "TimeLimit 1\nThreads 1\n"
 _BOUND = re.compile(r"(-?\d+\.\d+) <= .*? <= +(-?\d+\.\d+)")
 _TOLERANCE = 2e-3  # of printed bounds: three decimals
 
@@ -87,11 +111,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("compat needs --peer auto_LiRPA=PATH, the checkout whose scripts are run")
     checkout = pathlib.Path(paths.split(os.pathsep)[0])
     tests = [name for name in TESTS if args.only in name]
-    examples = [item for item in EXAMPLES if args.only in item[1][0]]
+    examples = [item for item in EXAMPLES if args.only in item.name]
     if args.quick:
-        tests, examples = tests[:1], [item for item in examples if item[1][0] == "toy.py"]
+        tests, examples = tests[:1], [item for item in examples if item.command[0] == "toy.py"]
+    ctrain = libraries.peer_paths(args.peer).get("CTRAIN")
+    if ctrain is None:
+        examples = [item for item in examples if item.folder != "CTRAIN"]
+    else:
+        paths = os.pathsep.join([paths, ctrain])
     rows = [_test_row(checkout, paths, name, args) for name in tests]
-    scripts = [_example_row(checkout, paths, *item, args) for item in examples]
+    scripts = [_example_row(checkout, paths, item, args) for item in examples]
     columns = ["file", "passed here", "failed here", "why", "passed there", "failed there", "why there"]
     times = ["seconds here", "seconds there", "speed-up"]
     total, good = sum(r["passed here"] + r["failed here"] for r in rows), sum(r["passed here"] for r in rows)
@@ -124,11 +153,11 @@ def _test_row(checkout: pathlib.Path, paths: str, name: str, args: argparse.Name
 
 
 def _example_row(
-    checkout: pathlib.Path, paths: str, folder: str, command: list[str], args: argparse.Namespace
+    checkout: pathlib.Path, paths: str, script: Script, args: argparse.Namespace
 ) -> dict[str, Any]:
-    ours, theirs = (_example(checkout, paths, folder, command, here, args) for here in (True, False))
+    ours, theirs = (_example(checkout, paths, script, here, args) for here in (True, False))
     row = {
-        "file": f"{folder}/{command[0]}",
+        "file": script.name,
         "here": ours.reason or "passed",
         "there": theirs.reason or "passed",
         "bounds": compared(ours.output, theirs.output),
@@ -193,12 +222,22 @@ def _counted(report: pathlib.Path, outcome: Outcome) -> Outcome:
 
 
 def _example(
-    checkout: pathlib.Path, paths: str, folder: str, command: list[str], here: bool, args: argparse.Namespace
+    checkout: pathlib.Path, paths: str, script: Script, here: bool, args: argparse.Namespace
 ) -> Outcome:
     with tempfile.TemporaryDirectory() as temporary:
         root = _copied(checkout, pathlib.Path(temporary))
-        words = ["-m", "pycert.compat.auto_LiRPA", *command] if here else command
-        return _timed(words, root / "examples" / folder, _environment(paths, here), args)
+        folder = root / "examples" / script.folder
+        folder.mkdir(exist_ok=True)
+        (folder / "gurobi.env").write_text(_GUROBI)
+        if script.launched:
+            words = [
+                str(ROOT / "benchmarks" / "compat_launch.py"),
+                *(["--here"] if here else []),
+                *script.command,
+            ]
+        else:
+            words = ["-m", "pycert.compat.auto_LiRPA", *script.command] if here else script.command
+        return _timed(words, folder, _environment(paths, here), args)
 
 
 def _copied(checkout: pathlib.Path, temporary: pathlib.Path) -> pathlib.Path:

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from pycert.activation_kinds import PREFIX, Activation, Elementwise, built_in, sign_interval, sign_lines
 from pycert.ops.relaxation import SLOPES, ActivationLines
-
-Elementwise = Callable[[Tensor], Tensor]
 
 _UNIT = 2.0**-53  # unit roundoff of float64, in which everything here is computed
 _SEARCH = 24  # bisection steps where a slope is chosen; an error there costs area, never validity
 _NARROW = 1e-6  # below this width the slope of a chord is taken as the tangent's (differences cancel)
 _LOCATE = 60  # bisection steps where an intercept is computed
-
-
-@dataclasses.dataclass(frozen=True)
-class Activation:
-    """A registered activation: what :func:`register_activation` was given, and the curvature of every piece."""
-
-    name: str
-    f: Elementwise
-    df: Elementwise
-    inflections: tuple[float, ...]
-    convex: tuple[bool, ...]  # of the pieces between inflections, from left to right
-    error: float
 
 
 class RegisteredActivation(nn.Module):
@@ -85,9 +71,9 @@ def register_activation(
         :class:`RegisteredActivation`, an ``nn.Module`` without parameters.
 
     Raises:
-        ValueError: no usable name, or one that is taken; ``error`` not positive; ``inflections`` not
-            finite; ``df`` is not the derivative of ``f``, or the curvature changes sign elsewhere,
-            as far as the grid shows.
+        ValueError: no usable name, or one that is taken or pycert's own; ``error`` not positive;
+            ``inflections`` not finite; ``df`` is not the derivative of ``f``, or the curvature changes
+            sign elsewhere, as far as the grid shows.
         TypeError: ``f`` or ``df`` is not callable or does not give float64 of the same shape for float64.
 
     Soundness: outward rounded, given the above.
@@ -107,6 +93,10 @@ def register_activation(
         raise ValueError("register_activation: a lambda needs a name, as in name='silu'")
     if not error > 0:
         raise ValueError(f"register_activation: error must be positive, got {error}")
+    if name.startswith(PREFIX):
+        raise ValueError(
+            f"register_activation: names that begin with {PREFIX!r} are pycert's own, got {name!r}"
+        )
     points = tuple(sorted(float(point) for point in inflections))
     if not all(abs(point) < float("inf") for point in points):
         raise ValueError(f"register_activation: inflections must be finite, got {list(inflections)}")
@@ -118,7 +108,10 @@ def register_activation(
 
 
 def activation(name: str) -> Activation:
-    """The registered activation of this name; ValueError where there is none."""
+    """The registered or built-in activation of this name; ValueError where there is none."""
+    own = built_in(name)
+    if own is not None:
+        return own
     if name not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY)) or "none"
         raise ValueError(
@@ -203,12 +196,15 @@ def lines_of(
         raise ValueError(
             f"custom_lines: slope_rule must be one of {SLOPES} or its number, got {slope_rule!r}"
         )
+    if entry.is_sign:
+        return ActivationLines(*sign_lines(lower, upper, deployed))
     parallel = slope_rule in ("parallel", 1)
     low, high = _finite(lower, upper)
     sides = []
     for sign in (-1.0, 1.0):
         slope, point = _choose(entry, low, high, sign, parallel)
         rounded, intercept = _outward(entry, lower.detach(), upper.detach(), slope.detach(), sign, deployed)
+        intercept = torch.where(rounded == 0, _limited(entry, intercept, lower, upper), intercept)
         exact = entry.f(point) - slope * point
         sides += [_with_gradient(rounded, slope), _with_gradient(intercept, exact)]
     return ActivationLines(*sides)
@@ -226,6 +222,8 @@ def interval_of(
     entry: Activation, lower: Tensor, upper: Tensor, deployed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """:func:`custom_interval` for an activation that need not be registered."""
+    if entry.is_sign:
+        return sign_interval(lower, upper, deployed)
     low, high = _finite(lower, upper)
     flat = torch.zeros_like(low)
     ends = []
@@ -233,8 +231,15 @@ def interval_of(
         with torch.no_grad():
             point = _highest(entry, low, high, flat, sign, _LOCATE)[0]
         _, intercept = _outward(entry, lower.detach(), upper.detach(), flat, sign, deployed)
+        intercept = _limited(entry, intercept, lower, upper)
         ends.append(_with_gradient(intercept, entry.f(_moving(point, low, high))))
     return ends[0], ends[1]
+
+
+def _limited(entry: Activation, bound: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """A constant bound within the limits of the values, unless an end is NaN."""
+    unknown = lower.isnan() | upper.isnan()
+    return torch.where(unknown, bound, bound.clamp(*entry.limits))
 
 
 def _finite(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,6 +278,10 @@ def _candidates(
         low, high = (torch.full_like(lower, edge).maximum(lower).minimum(upper) for edge in (start, end))
         if convex == (sign > 0):
             found += [(low, low, low), (high, high, high)]
+            continue
+        if entry.point_of_slope is not None:  # any point of the piece is valid
+            point = entry.point_of_slope(slope, high).nan_to_num().maximum(low).minimum(high)
+            found.append((point, low, high))
             continue
         left, right = low, high
         for _ in range(steps):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import pycert
 from pycert.compat.auto_LiRPA import (
     BoundedModule,
     BoundedParameter,
@@ -240,6 +241,20 @@ def test_lirpa_29_radii_per_sample_for_every_norm(norm):
         alone = assert_holds(net, x[sample : sample + 1], ptb, methods)
         assert torch.allclose(together[0][sample], alone[0][0], atol=1e-6)
         assert torch.allclose(together[1][sample], alone[1][0], atol=1e-6)
+
+
+def test_lirpa_47_l2_local_lipschitz_constants():
+    """Infinity only, there; here a bound of the l_2 constant holds for Jacobians at points of the ball."""
+    net = seeded(
+        lambda: nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+    )
+    x, eps = image(3, 5), 0.3
+    bound = pycert.lipschitz.local_bound(pycert.BoundedModule(net, x), pycert.LpBall(x, eps, p=2), p=2)
+    constant = torch.as_tensor(bound if isinstance(bound, torch.Tensor) else bound.value)
+    for point in points(x, PerturbationLpNorm(norm=2, eps=eps), 16).float():
+        for sample in range(3):
+            jacobian = torch.autograd.functional.jacobian(net, point[sample])
+            assert torch.linalg.matrix_norm(jacobian, 2) <= constant[sample] * (1 + 1e-5)
 
 
 def test_lirpa_91_perturbed_weights_of_conv_and_batch_norm_are_refused_by_name():

@@ -188,9 +188,9 @@ for shape in ([1, 3, 4, 5], [1, 3, 4], ["n", 3]):
         dict(s=f(3), b=f(3), m=f(3), v=np.abs(f(3)) + 0.1),
         epsilon=1e-3,
     )
-for op in "Relu Sigmoid Tanh LeakyRelu Abs Neg Identity HardSigmoid".split():
+for op in "Relu Sigmoid Tanh LeakyRelu Abs Neg Sign Identity HardSigmoid".split():
     one(op, [1, 6])
-for op in "Elu Selu Celu Softplus Softsign Exp Sin Cos Erf".split():
+for op in "Elu Selu Celu Softplus Softsign Exp Sin Cos Atan Erf".split():
     one(op, [1, 6], bounded=False)
 one("HardSwish", [1, 6], opset=14, bounded=False)
 one("Mish", [1, 6], opset=18, bounded=False)

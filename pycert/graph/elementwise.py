@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycert.activation_kinds import PREFIX, power_name
 from pycert.graph.live import scalar
 from pycert.graph.parts import broadcast, expand, sample_part
 from pycert.graph.tracer import Traced, Tracer, lowers
@@ -59,11 +60,14 @@ def neg(tracer: Tracer, input: Traced) -> Traced:
 @lowers("pow")
 def power(tracer: Tracer, input: Any, exponent: Any) -> Traced:
     number = float(exponent) if isinstance(exponent, numbers.Real) else None
-    if number not in _POWERS or not isinstance(input, Traced):
-        tracer.refuse("pow", "of powers only 2, 1, 0.5, -0.5, -1 and -2 of a value are bounded")
-    for op in _POWERS[number]:
-        input = activation(tracer, op, input)
-    return input
+    if isinstance(input, Traced) and number in _POWERS:
+        for op in _POWERS[number]:
+            input = activation(tracer, op, input)
+        return input
+    if not isinstance(input, Traced) or number is None or not (number.is_integer() and abs(number) >= 3):
+        tracer.refuse("pow", "of powers only integers but 0, 0.5 and -0.5 of a value are bounded")
+    result = activation(tracer, "custom", input, name=power_name(int(abs(number))))
+    return reciprocal(tracer, result) if number < 0 else result
 
 
 #: Exponents as activations, one after the other.
@@ -180,6 +184,19 @@ def _plain(op: str) -> Any:
 
 for _name in "exp log sqrt square sin cos silu mish softsign hardswish reciprocal".split():
     lowers(_name)(_plain(_name))
+
+
+def _built_in(name: str) -> Any:
+    """An activation without a kernel of its own."""
+
+    def lowering(tracer: Tracer, input: Traced) -> Traced:
+        return activation(tracer, "custom", input, name=PREFIX + name)
+
+    return lowering
+
+
+for _name, _own in {"atan": "arctan", "arctan": "arctan", "sign": "sign", "sgn": "sign"}.items():
+    lowers(_name)(_built_in(_own))
 
 
 def reciprocal(tracer: Tracer, input: Traced) -> Traced:

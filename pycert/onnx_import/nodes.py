@@ -153,7 +153,7 @@ HINTS = {
          "bounds of a random network mean nothing"),
         ("Equal Less LessOrEqual Greater GreaterOrEqual Not And Or", "comparisons of values cannot be bounded"),
         ("Resize Upsample GridSample AffineGrid", "use ConvTranspose, or Expand and Reshape"),
-        ("Round Floor Ceil Sign Mod", "steps cannot be bounded; leave them out"),
+        ("Round Floor Ceil Mod", "steps cannot be bounded; leave them out"),
         ("ThresholdedRelu Shrink", "use Relu, LeakyRelu or Clip"),
     )
     for name in names.split()

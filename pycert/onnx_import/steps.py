@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: Functions of one value that have no module in torch.nn.
-POINTWISE = frozenset("abs neg exp log sqrt sin cos reciprocal erf square".split())
+POINTWISE = frozenset("abs neg exp log sqrt sin cos atan sign reciprocal erf square".split())
 #: Functions of two values.
 PAIRWISE = frozenset("add sub mul div maximum minimum matmul".split())
 

@@ -73,6 +73,26 @@ class Inputs:
         return self.regions[0].lower
 
 
+class _CleanBox(Box):
+    """A box that knows its clean input, whose batch statistics BatchNorm takes in training mode."""
+
+    def __init__(self, lower: Tensor, upper: Tensor, x: Tensor) -> None:
+        super().__init__(lower, upper)
+        self.x = x
+
+    def _for_engine(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, bool]:
+        return self.lower, self.upper, self.x, None, 0, False
+
+
+def _around(x: Tensor, region: Any) -> Any:
+    """The region, where it is a box with its clean input; one outside of it is not taken for its centre."""
+    if not isinstance(region, Box) or x.shape != region.lower.shape:
+        return region
+    with torch.no_grad():
+        inside = bool(((region.lower <= x) & (x <= region.upper)).all())
+    return _CleanBox(region.lower, region.upper, x) if inside else region
+
+
 class Network:
     """A network in pycert's engine; with loss fusion also the network without the loss."""
 
@@ -112,7 +132,7 @@ class Network:
         perturbations = [value.ptb if isinstance(value, BoundedTensor) else None for value in rest]
         values = [plain(value) for value in rest]
         regions = [
-            Box(value, value) if ptb is None else ptb.region(value, aux, outward)
+            Box(value, value) if ptb is None else _around(value, ptb.region(value, aux, outward))
             for value, ptb in zip(values, perturbations, strict=True)
         ]
         return Inputs(values, perturbations, regions, labels)
@@ -154,6 +174,7 @@ class Question:
     upper: bool = True
     linear: bool = False
     boxes: Boxes | None = None
+    final: int | None = None  # number of the node that is bounded, None: the output
 
     def parsed(self) -> Options:
         side = "both" if self.lower and self.upper else "lower" if self.lower else "upper"
@@ -172,9 +193,11 @@ def answer(engine: Engine, regions: list[Any], question: Question) -> Bounds:
         )
     native, batch = engine._regions(tuple(regions))
     rows = None if question.rows is None else engine._spec(question.rows, batch, native[0][0])
-    return engine._bound(
-        native, rows, question.method, question.parsed(), question.linear, boxes=question.boxes
-    )
+    boxes = question.boxes
+    if boxes is not None and question.final is not None:
+        given, references = ({n: box for n, box in each.items() if n < question.final} for each in boxes)
+        boxes = given, references
+    return engine._bound(native, rows, question.method, question.parsed(), question.linear, boxes=boxes)
 
 
 def tightened(bounds: Bounds, inputs: Inputs) -> Bounds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import pathlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -20,11 +21,12 @@ from pycert.compat.auto_LiRPA.operators import Bound, BoundBuffers, BoundExp, Bo
 from pycert.compat.auto_LiRPA.perturbations import PerturbationLpNorm
 from pycert.compat.auto_LiRPA.utils import unpack_inputs
 from pycert.errors import UnsupportedOperator
+from pycert.reference import graph as reference
 
 #: Rounds of tightening under output constraints.
 _ROUNDS = 3
 #: Arguments of ``compute_bounds`` that ask for what is not here.
-_REFUSED = ("average_A", "intermediate_constr", "alpha_idx", "cutter", "update_mask")
+_REFUSED = ("intermediate_constr", "alpha_idx", "cutter", "update_mask")
 
 
 class BoundedModule(nn.Module):
@@ -305,12 +307,17 @@ class BoundedModule(nn.Module):
         reset_perturbed_nodes: bool = True,
         cache_bounds: bool = False,
     ) -> Tensor:
-        """The network's output; the inputs are remembered for the next call of :meth:`compute_bounds`."""
-        self._output_only("forward", final_node_name)
+        """The network's output, or the value of a node; inputs are remembered for the next :meth:`compute_bounds`."""
         self.set_input(*x)
         assert self._x is not None
+        values = tuple(plain(value) for value in self._x)
+        final = self._final(final_node_name)
         with self._mode(self.training):
-            return self.net(*(plain(value) for value in self._x))
+            if final is None:
+                return self.net(*values)
+            graph = self._network.engine.graph
+            statistics = reference.clean_statistics(graph, *values)
+            return reference.evaluate(graph, *values, until=final, statistics=statistics)
 
     def set_input(self, *x: Any, **_: Any) -> None:
         """Remembers inputs, and forgets what was computed for the ones before."""
@@ -327,11 +334,19 @@ class BoundedModule(nn.Module):
         self._inputs, self._question, self._intermediate = None, None, None
         self._boxes, self._layers = {}, {}
 
-    def _output_only(self, caller: str, final_node_name: str | None) -> None:
-        if final_node_name is not None and final_node_name != self.final_name:
+    def _final(self, final_node_name: str | None) -> int | None:
+        """Number of the node that ``final_node_name`` is in pycert's graph, None for the output."""
+        if final_node_name is None or final_node_name == self.final_name:
+            return None
+        node = self._all().by_name.get(final_node_name)
+        if node is None or node.link is None:
+            raise ValueError(f"final_node_name: {final_node_name!r} is no node that has bounds")
+        if self._network.fused or self._constrained():
             raise NotImplementedError(
-                f"{caller}: final_node_name must be the output, {self.final_name!r}, got {final_node_name!r}"
+                f"final_node_name must be the output, {self.final_name!r}, with loss fusion or output "
+                f"constraints, got {final_node_name!r}"
             )
+        return node.link
 
     # ---- bounds -------------------------------------------------------------------------------------
 
@@ -380,7 +395,8 @@ class BoundedModule(nn.Module):
             reuse_alpha: after ``CROWN-Optimized``, optimise slopes again where they would be taken over.
             return_A: also return a dictionary of the linear functions that ``needed_A_dict`` asks for.
             needed_A_dict: name of a node -> names of inputs.
-            final_node_name: the output's name.
+            final_node_name: the node that is bounded, by default the output.
+            average_A: without meaning: it is about perturbed weights.
             interm_bounds: name of an activation's input -> ``(lower, upper)``, taken as they are.
             reference_bounds, aux_reference_bounds: the same, intersected with what is found.
             decision_thresh: lower bounds above it are not optimised further.
@@ -393,25 +409,23 @@ class BoundedModule(nn.Module):
 
         Raises:
             ValueError: an unknown method or node name, or no input.
-            NotImplementedError: ``average_A``, ``intermediate_constr``, ``alpha_idx``, ``cutter``,
-                ``update_mask``, and names that have no linear function here.
+            NotImplementedError: ``intermediate_constr``, ``alpha_idx``, ``cutter``, ``update_mask``, names
+                that have no linear function here, and a final node with loss fusion or output constraints.
         """
-        for name, value in zip(
-            _REFUSED, (average_A, intermediate_constr, alpha_idx, cutter, update_mask), strict=True
-        ):
-            if value is not None and value is not False:
+        for name, value in zip(_REFUSED, (intermediate_constr, alpha_idx, cutter, update_mask), strict=True):
+            if value is not None:
                 raise NotImplementedError(f"compute_bounds: {name} is not supported")
         if not (bound_lower or bound_upper):
             raise ValueError("compute_bounds: at least one of bound_lower and bound_upper must be True")
-        self._output_only("compute_bounds", final_node_name)
+        final = self._final(final_node_name)
         chosen = _engine.method_of(method, IBP, forward)
-        if chosen == "ibp" and method is None and reuse_ibp and self._ibp is not None:
+        if chosen == "ibp" and method is None and reuse_ibp and final is None and self._ibp is not None:
             return self._ibp
         inputs = self._prepare_inputs(x, aux)
         chosen = self._after(chosen, reuse_alpha)
         question = Question(
             chosen, self._opts.of(chosen), self._rows(C, inputs), bound_lower, bound_upper,
-            boxes=self._given_boxes(interm_bounds, reference_bounds, aux_reference_bounds),
+            boxes=self._given_boxes(interm_bounds, reference_bounds, aux_reference_bounds), final=final,
         )  # fmt: skip
         if chosen == "alpha-crown" and not bound_upper and decision_thresh is not None:
             question.options["threshold"] = float(torch.as_tensor(decision_thresh).min())
@@ -461,10 +475,18 @@ class BoundedModule(nn.Module):
                 raise ValueError(f"compute_bounds: bounds are given for {name!r}, which is no node")
             link = self[name].link
             if link is not None and link in wanted:
-                shape = (-1, *engine.graph.nodes[link].shape)
-                lower, upper = (end.detach().to(self._like()).reshape(shape) for end in box[:2])
-                found[link] = (lower, upper)
+                found[link] = self._shaped(name, link, box[0]), self._shaped(name, link, box[1])
         return found
+
+    def _shaped(self, name: str, link: int, end: Tensor) -> Tensor:
+        """One end of a given box, ``[B, *node]``; of batch 1 it is the same for all samples."""
+        assert self._inputs is not None
+        shape = self._network.engine.graph.nodes[link].shape
+        batch, size = self._inputs.batch, math.prod(shape)
+        if end.numel() not in (size, batch * size):
+            wanted, got = [batch, *shape], list(end.shape)
+            raise ValueError(f"compute_bounds: bounds of {name!r} must have shape {wanted}, got {got}")
+        return end.detach().to(self._like()).reshape(-1, *shape).expand(batch, *shape).contiguous()
 
     def _like(self) -> Tensor:
         assert self._inputs is not None
@@ -486,11 +508,13 @@ class BoundedModule(nn.Module):
             self._note_shift(shift)
         else:
             engine = self._network.scores or self._network.engine
+            if question.final is not None:
+                engine = self._network.part(question.final)
             bounds = _engine.answer(engine, inputs.regions, question)
             if linear and exact:
                 bounds = _engine.tightened(bounds, inputs)
             lower, upper = bounds.lower, bounds.upper
-        if question.method == "ibp":
+        if question.method == "ibp" and question.final is None:
             self._ibp = lower, upper
         if question.method == "alpha-crown" and self._constrained():
             lower, upper = self._under_constraints(inputs, question, lower, upper)
@@ -511,7 +535,7 @@ class BoundedModule(nn.Module):
             node = self[start] if start in self._all().by_name else None
             if node is None or node.link is None:
                 raise ValueError(f"needed_A_dict: {start!r} is no node with linear functions")
-            if start != self.final_name:
+            if node.link != (self._network.engine.graph.output if question.final is None else question.final):
                 boxes = _engine.layer_boxes(self._network.engine, inputs.regions, question)
                 known = {number: box for number, box in boxes.items() if number < node.link}
                 options = _engine._without_ascent(question.options)
