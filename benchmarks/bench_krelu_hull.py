@@ -22,7 +22,8 @@ import pycert
 
 from . import isolate, libraries
 
-Hull = Callable[[np.ndarray], np.ndarray]  # rows (b, a) of an octahedron -> rows (b, a, c) over (x, relu(x))
+#: Rows (b, a) of an octahedron, its box -> a call that returns rows (b, a, c) over (x, relu(x)).
+Hull = Callable[[np.ndarray, np.ndarray, np.ndarray], Callable[[], np.ndarray]]
 #: Exact facets of larger groups take minutes each.
 LARGEST = {"cdd": 3}
 REPEATS = 5
@@ -118,14 +119,18 @@ def box_of(octahedron: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def of_pycert(**options: Any) -> Hull:
-    def call(octahedron: np.ndarray) -> np.ndarray:
-        lower, upper = box_of(octahedron)
+    def prepare(octahedron: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> Callable[[], np.ndarray]:
         group = torch.from_numpy(octahedron)[None]
+        A, b = group[..., 1:].contiguous(), group[..., 0].contiguous()
         ends = torch.from_numpy(lower)[None], torch.from_numpy(upper)[None]
-        rows, count = pycert.ops.krelu_hull(*ends, group[..., 1:], group[..., 0], **options)
-        return rows[0, : int(count[0])].numpy()
 
-    return call
+        def call() -> np.ndarray:
+            rows, count = pycert.ops.krelu_hull(*ends, A, b, **options)
+            return rows[0, : int(count[0])].numpy()
+
+        return call
+
+    return prepare
 
 
 class Matrix(ctypes.Structure):
@@ -138,20 +143,29 @@ def of_fconv(folder: str) -> Hull:
     library.fkrelu.argtypes, library.fkrelu.restype = [Matrix], Matrix
     library.free_MatDouble.argtypes, library.free_MatDouble.restype = [Matrix], None
 
-    def call(octahedron: np.ndarray) -> np.ndarray:
-        data = octahedron.ctypes.data_as(ctypes.POINTER(ctypes.c_double))
-        made = library.fkrelu(Matrix(*octahedron.shape, data))
-        rows = np.ctypeslib.as_array(made.data, shape=(made.rows, made.columns)).copy()
-        library.free_MatDouble(made)
-        return rows
+    def prepare(octahedron: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> Callable[[], np.ndarray]:
+        given = Matrix(*octahedron.shape, octahedron.ctypes.data_as(ctypes.POINTER(ctypes.c_double)))
 
-    return call
+        def call() -> np.ndarray:
+            made = library.fkrelu(given)
+            rows = np.ctypeslib.as_array(made.data, shape=(made.rows, made.columns)).copy()
+            library.free_MatDouble(made)
+            return rows
+
+        return call
+
+    return prepare
 
 
 def of_wralu(name: str) -> Hull:
     sci = importlib.import_module("kact.krelu.sci")
     function = getattr(sci, name)
-    return lambda octahedron: function(octahedron, *map(list, box_of(octahedron)), add_triangle=True)
+
+    def prepare(octahedron: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> Callable[[], np.ndarray]:
+        ends = list(lower), list(upper)
+        return lambda: function(octahedron, *ends, add_triangle=True)
+
+    return prepare
 
 
 def of_cdd(octahedron: np.ndarray) -> np.ndarray:
@@ -178,14 +192,14 @@ def of_cdd(octahedron: np.ndarray) -> np.ndarray:
 def programs(peers: list[str]) -> dict[str, Callable[[], Hull]]:
     """What can be measured: pycert, peers whose path is given, and pycddlib where it is installed."""
     paths = libraries.peer_paths(peers)
-    found: dict[str, Callable[[], Hull]] = {"pycert": of_pycert, "triangles": lambda: of_pycert(max_rows=0)}
+    found: dict[str, Callable[[], Hull]] = {"pycert": of_pycert}
     if "fconv" in paths:
         found["fconv"] = lambda: of_fconv(paths["fconv"].split(os.pathsep)[0])
     if "WraLU" in paths:
         found["WraLU SCI"] = lambda: of_wralu("krelu_with_sci")
         found["WraLU SCI+"] = lambda: of_wralu("krelu_with_sciplus")
     if importlib.util.find_spec("cdd") is not None:
-        found["cdd"] = lambda: of_cdd
+        found["cdd"] = lambda: lambda octahedron, lower, upper: lambda: of_cdd(octahedron)
     return found
 
 
@@ -223,10 +237,11 @@ def figures(threads: int, peers: list[str], program: str, k: int, count: int) ->
     seconds, sizes, gaps, violations = [], [], [], []
     for limit in groups(k, count):
         octahedron = np.ascontiguousarray(np.column_stack([limit, -directions(k)]))
-        best = np.inf
+        arguments = (octahedron, *box_of(octahedron))
+        call, best = hull(*arguments), np.inf
         for _ in range(1 if program == "cdd" else REPEATS):
             start = time.process_time()
-            rows = hull(octahedron)
+            rows = call()
             best = min(best, time.process_time() - start)
         seconds.append(best)
         sizes.append(len(rows))
@@ -234,7 +249,7 @@ def figures(threads: int, peers: list[str], program: str, k: int, count: int) ->
         violations.append(
             max(0.0, -float((rows[:, :1] + rows[:, 1:] @ vertices.T).min() / np.abs(rows).max()))
         )
-        exact, alone = (vertices @ objectives.T).max(0), base(octahedron)
+        exact, alone = (vertices @ objectives.T).max(0), base(*arguments)()
         whole = (optima(alone, objectives) - exact).sum()
         if whole > 1e-6:
             gaps.append((optima(np.vstack([alone, rows]), objectives) - exact).sum() / whole)
