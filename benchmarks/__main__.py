@@ -19,6 +19,7 @@ SUBJECTS = {
     "estimate": "benchmarks.bench_estimate",
     "relaxation": "benchmarks.bench_relaxation",
     "lipschitz": "benchmarks.bench_lipschitz",
+    "krelu_hull": "benchmarks.bench_krelu_hull",
     "paradox": "benchmarks.paradox",
     "compat": "benchmarks.compat",
     "tightness": "benchmarks.compat_tightness",

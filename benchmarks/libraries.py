@@ -151,7 +151,7 @@ LIBRARIES: dict[str, Callable[[nn.Module, Tensor, str], Any]] = {
     "torch_ibp": TorchIbp,
     "auto_LiRPA": AutoLirpa,
 }
-PEERS = ("auto_LiRPA", "CTRAIN")
+PEERS = ("auto_LiRPA", "CTRAIN", "fconv", "WraLU")
 
 
 def peer_paths(peers: list[str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def test_the_checker_finds_a_row_that_is_wrong_by_a_rounding():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("family", ["net", "correlated", "cloud", "thin", "box", "stable"])
+@pytest.mark.parametrize("family", ["net", "correlated", "cloud", "thin", "box", "stable", "near_zero"])
 def test_pairs_are_exact(family, seed):
     linprog = pytest.importorskip(
         "scipy.optimize", reason="the exact hull is found by linear programs"
@@ -76,7 +76,7 @@ def test_pairs_are_exact(family, seed):
         assert relaxed == pytest.approx(exact, abs=1e-7 * np.abs(vertices).max())
 
 
-@pytest.mark.parametrize(("k", "limit_gap"), [(3, 0.08), pytest.param(4, 0.12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("k", "limit_gap"), [(3, 0.05), pytest.param(4, 0.10, marks=pytest.mark.slow)])
 def test_larger_groups_are_close_to_their_hulls(k, limit_gap):
     linprog = pytest.importorskip(
         "scipy.optimize", reason="the exact hull is found by linear programs"
@@ -104,6 +104,22 @@ def test_one_neuron_is_the_triangle():
     rows = hull_of(np.array([1.0, 3.0]))
     expected = [[1, 1, 0], [3, -1, 0], [0, 0, 1], [0, -1, 1], [0.75, 0.75, -1]]
     np.testing.assert_allclose(rows, expected, rtol=1e-15)
+
+
+@pytest.mark.parametrize("ratio", [1e-5, 2.9e-7, 1e-8, 1e-12, 2.0**-60, 1e-300])
+def test_a_nearly_stable_neuron_does_not_spoil_a_pair(ratio):
+    """The limit of the second neuron's kink: what couples it must survive however near zero its end is."""
+    linprog = pytest.importorskip(
+        "scipy.optimize", reason="the exact hull is found by linear programs"
+    ).linprog
+    corners = np.array([[0, -1], [0, 1], [2, 0.5], [2, -0.5]])
+    corners[:, 0] -= 2 * ratio
+    limit = (directions(2) @ corners.T).max(1)
+    rows, exact = hull_of(limit), ExactHull(limit)
+    assert exact.violated(rows) == 0
+    for objective in np.random.default_rng(0).standard_normal((8, 4)):
+        best = -linprog(-objective, A_ub=-rows[:, 1:], b_ub=rows[:, 0], bounds=(None, None)).fun
+        assert best == pytest.approx((exact.vertices() @ objective).max(), abs=3e-6)
 
 
 def test_two_neurons_of_the_primer():
@@ -204,6 +220,19 @@ def test_what_is_not_finite_is_left_out(bad):
     exact = limit.copy()
     exact[[0, 12, 20]] = 10 * np.abs(limit).sum()
     assert ExactHull(exact).violated(rows) == 0
+
+
+def test_gradients_are_refused():
+    limit = limits(np.random.default_rng(1), "cloud", 2)
+    lower, upper = box_of(limit)
+    arguments = [torch.tensor(t)[None] for t in (lower, upper, -directions(2), limit)]
+    plain, _ = pycert.ops.krelu_hull(*arguments)
+    arguments[0].requires_grad_()
+    rows, count = pycert.ops.krelu_hull(*arguments)
+    assert torch.equal(rows, plain)
+    assert not count.requires_grad
+    with pytest.raises(NotImplementedError, match="krelu_hull: has no gradient"):
+        rows.sum().backward()
 
 
 def test_an_empty_octahedron_is_no_error():

@@ -48,6 +48,46 @@ struct Multipliers {
   double value[kMaxGroup + 1];
 };
 
+// The sum of weak duality with its rounding added, for `count` directions c[j] with their limits and multipliers
+// value[j]. V: double, or several at a time.
+template <typename V>
+PYCERT_HD inline V duality_bound(int k, int count, const V* w, const V* value, const V* limit, const V (*c)[kMaxGroup],
+                                 const double* lower, const double* upper) {
+  const V zero{};
+  V sum{}, magnitude{};
+  V residual[kMaxGroup], weight[kMaxGroup];
+  for (int i = 0; i < k; ++i) {
+    residual[i] = w[i];
+    weight[i] = w[i] < zero ? -w[i] : w[i];
+  }
+  for (int j = 0; j < count; ++j) {
+    const V used = value[j] > zero ? value[j] : zero;  // NaN too
+    const V term = used * limit[j];
+    sum += term;
+    magnitude += term < zero ? -term : term;
+    for (int i = 0; i < k; ++i) {
+      residual[i] -= c[j][i] * used;
+      weight[i] += (c[j][i] < zero ? -c[j][i] : c[j][i]) * used;
+    }
+  }
+  for (int i = 0; i < k; ++i) {
+    const V at_lower = residual[i] * lower[i], at_upper = residual[i] * upper[i];
+    sum += at_lower > at_upper ? at_lower : at_upper;
+    const double largest = fabs(lower[i]) > fabs(upper[i]) ? fabs(lower[i]) : fabs(upper[i]);
+    magnitude += weight[i] * largest;
+  }
+  return sum + (magnitude * (32 * unit_roundoff<double>()) + 64 * smallest_normal<double>());
+}
+
+// The box of a piece: split coordinates have the signs of `positive` (bit i: x_i >= 0, else x_i <= 0).
+PYCERT_HD inline void box_of_piece(const Octahedron& p, int positive, double* lower, double* upper) {
+  for (int i = 0; i < p.k; ++i) {
+    const bool split = p.split >> i & 1, above = positive >> i & 1;
+    lower[i] = split && above ? 0 : p.lower[i];
+    upper[i] = split && !above ? 0 : p.upper[i];
+  }
+}
+
 // A number not below max w.x over the points of P whose split coordinates have the signs of `positive` (bit i: x_i >=
 // 0, else x_i <= 0). Weak duality: for any multipliers v >= 0, with r = w - sum_j v_j c_j,
 //     w.x <= sum_j v_j limit(c_j) + sum_i max {r_i x_i : x_i in its interval, cut by its sign},
@@ -60,36 +100,13 @@ struct Multipliers {
 // `magnitude` itself. Products that underflow
 // lose less than 2^-1022 each.
 PYCERT_HD inline double piece_bound(const Octahedron& p, const double* w, int positive, const Multipliers& v) {
-  double sum = 0, magnitude = 0;
-  double residual[kMaxGroup], weight[kMaxGroup];
-  for (int i = 0; i < p.k; ++i) {
-    residual[i] = w[i];
-    weight[i] = fabs(w[i]);
-  }
+  double lower[kMaxGroup], upper[kMaxGroup], limit[kMaxGroup + 1], c[kMaxGroup + 1][kMaxGroup];
+  box_of_piece(p, positive, lower, upper);
   for (int j = 0; j < v.count; ++j) {
-    const double value = v.value[j] > 0 ? v.value[j] : 0;  // NaN too
-    const double term = value * p.limit[v.direction[j]];
-    sum += term;
-    magnitude += fabs(term);
-    const signed char* c = p.direction[v.direction[j]];
-    for (int i = 0; i < p.k; ++i) {
-      residual[i] -= c[i] * value;
-      weight[i] += c[i] == 0 ? 0 : value;
-    }
+    limit[j] = p.limit[v.direction[j]];
+    for (int i = 0; i < p.k; ++i) c[j][i] = p.direction[v.direction[j]][i];
   }
-  for (int i = 0; i < p.k; ++i) {
-    double lower = p.lower[i], upper = p.upper[i];
-    if (p.split >> i & 1) {
-      if (positive >> i & 1)
-        lower = 0;
-      else
-        upper = 0;
-    }
-    const double at_lower = residual[i] * lower, at_upper = residual[i] * upper;
-    sum += at_lower > at_upper ? at_lower : at_upper;
-    magnitude += weight[i] * (fabs(lower) > fabs(upper) ? fabs(lower) : fabs(upper));
-  }
-  return sum + (magnitude * (32 * unit_roundoff<double>()) + 64 * smallest_normal<double>());
+  return duality_bound<double>(p.k, v.count, w, v.value, limit, c, lower, upper);
 }
 
 }  // namespace pycert

@@ -39,6 +39,7 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 #include "cpu/product_loops.h"
 #include "cpu/convolution_loops.h"
 #include "cpu/krelu_simplex.h"
+#include "cpu/krelu_rays.h"
 #include "cpu/krelu_loops.h"
 #include "cpu/isa_table.h"
 

@@ -28,6 +28,7 @@ inline T multiply_add(T a, T b, T c) {
 #include "cpu/interval_loops.h"
 #include "cpu/norm_loops.h"
 #include "cpu/krelu_simplex.h"
+#include "cpu/krelu_rays.h"
 #include "cpu/krelu_loops.h"
 #include "cpu/isa_table.h"
 

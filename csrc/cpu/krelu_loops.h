@@ -8,34 +8,42 @@
 //    them when g is in the polyhedron {g : g.z <= s}, and is a facet when g is a vertex of it. Facets through the
 //    origin are p >= 0 and q >= 0, known before, and open edges. With s = -1 there is nothing if the origin belongs to
 //    P.
-// 3. For small groups all vertices are visited; else the simplex method walks towards random combinations of the
-// points, and
-//    towards points that the caller wants cut off. Every vertex passed is a row.
-// Included by isa_*.cpp after cpu/krelu_simplex.h.
+// 3. For small groups all vertices are visited; else rays are shot at points that the caller wants cut off and at
+// corners
+//    of what the triangles allow (cpu/krelu_rays.h). Every vertex passed is a row.
+// Included by isa_*.cpp after cpu/krelu_rays.h.
 
 struct HullVertex {
   double x[kMaxGroup];                   // scaled and shifted coordinates, of the perturbed octahedron
   double exact[kMaxGroup];               // and of the octahedron itself
-  double inverse[kMaxGroup][kMaxGroup];  // multipliers of an objective: inverse[j] . w
+  double inverse[kMaxGroup][kMaxGroup];  // multipliers of an objective over hull coordinates: inverse[j] . w
   int direction[kMaxGroup];              // the directions that meet here
   int coordinate[kMaxGroup];             // the coordinates that are not held at zero
   int count;                             // how many of both
   int zero;                              // bit i: hull coordinate i is held at zero
 };
 
+// What a vertex contributes to a proof, over neurons and in their units.
+struct HullProof {
+  double multiplier[kMaxGroup][kMaxGroup];  // of direction j: multiplier[j] . w
+  double c[kMaxGroup][kMaxGroup], limit[kMaxGroup];
+};
+
 constexpr int kHullVertices = kPolarRows - 16;
+constexpr double kNearlyStable = 3e-7;
 constexpr int kHullNormals = 4096;
 constexpr int kHullSlots = 4 * kHullNormals;
 constexpr int kPieces = 1 << kMaxGroup;
 
 struct HullScratch {
   alignas(64) double z[2 * kMaxGroup][kPolarRows];
-  alignas(64) double rhs[kPolarRows], exact_rhs[kPolarRows], slack[kPolarRows], rate[kPolarRows];
+  alignas(64) double rhs[kPolarRows], exact_rhs[kPolarRows], slack[kPolarRows];
   double piece_x[kPieces][kMaxGroup][kPolarRows];
   int piece_vertex[kPieces][kPolarRows];
   int piece_count[kPieces];
   bool piece_empty[kPieces];  // proved, or a sign that does not exist
   HullVertex vertex[kHullVertices];
+  HullProof proof[kHullVertices + 1];  // the last one proves nothing
   int vertices;
   double normal[kHullNormals][2 * kMaxGroup];  // (a, c) of candidate rows
   int normals;
@@ -43,13 +51,15 @@ struct HullScratch {
   int slot_of[kHullNormals];
   double offset[kHullNormals], depth[kHullNormals];
   int order[kHullNormals];
+  SingleRows rows;
+  KnownFacets known;
   Walk<1> walk1;
   Walk<2> walk2;
   Walk<3> walk3;
   Walk<4> walk4;
 
   HullScratch() : normals(0) { std::fill(normal_slot, normal_slot + kHullSlots, -1); }
-  Halfspaces halfspaces(int count) { return {z[0], rhs, exact_rhs, slack, rate, count}; }
+  Halfspaces halfspaces(int count) { return {z[0], rhs, exact_rhs, slack, count}; }
   template <int N>
   Walk<N>& walk() {
     if constexpr (N == 1) return walk1;
@@ -80,13 +90,15 @@ struct HullGroup {
 };
 
 inline bool describe_group(HullGroup& g) {
-  const Octahedron& p = g.p;
+  Octahedron& p = g.p;
   g.dimensions = 0;
   int varying = 0;
   for (int i = 0; i < p.k; ++i) {
     const double largest = std::max(std::fabs(p.lower[i]), std::fabs(p.upper[i]));
     if (!(largest < 1e150)) return false;
     if (!(p.upper[i] - p.lower[i] > 1e-12 * largest)) continue;
+    // So nearly stable that the perturbation would hide the kink: rows that couple it to others take it as y = x.
+    if (std::min(-p.lower[i], p.upper[i]) < kNearlyStable * largest) p.split &= ~(1 << i);
     const int at = g.dimensions++;
     varying |= 1 << i;
     g.neuron[at] = i;
@@ -304,56 +316,96 @@ inline void sort_into_pieces(const HullGroup& g, HullScratch& s) {
   }
 }
 
-// The multipliers of an objective at a vertex.
-inline Multipliers multipliers_at(const HullVertex& top, const double* scaled) {
-  Multipliers v;
-  v.count = top.count;
-  for (int j = 0; j < top.count; ++j) {
-    v.direction[j] = top.direction[j];
-    v.value[j] = 0;
-    for (int i = 0; i < top.count; ++i) v.value[j] += top.inverse[j][i] * scaled[top.coordinate[i]];
+inline void describe_proofs(const HullGroup& g, HullScratch& s) {
+  for (int number = 0; number < s.vertices; ++number) {
+    const HullVertex& v = s.vertex[number];
+    HullProof& proof = s.proof[number];
+    proof = {};
+    for (int j = 0; j < v.count; ++j) {
+      proof.limit[j] = g.p.limit[v.direction[j]];
+      for (int i = 0; i < g.p.k; ++i) proof.c[j][i] = g.p.direction[v.direction[j]][i];
+      for (int i = 0; i < v.count; ++i) {
+        const int at = v.coordinate[i];
+        proof.multiplier[j][g.neuron[at]] = v.inverse[j][i] * g.radius[at];
+      }
+    }
   }
-  return v;
+  s.proof[kHullVertices] = {};
+}
+
+// Upper bounds of w.x on a piece, each lane with the multipliers of the vertex where its own w is largest.
+template <int K>
+Doubles prove_piece(const HullGroup& g, int piece, int positive, const Doubles* w, const HullScratch& s) {
+  Doubles best = Doubles{} - HUGE_VAL, from{}, objective[K];
+  for (int i = 0; i < g.dimensions; ++i) objective[i] = w[g.neuron[i]] * g.radius[i];
+  for (int r = 0; r < s.piece_count[piece]; ++r) {
+    Doubles sum{};
+    for (int i = 0; i < g.dimensions; ++i) sum = accumulated(Doubles{} + s.piece_x[piece][i][r], objective[i], sum);
+    const auto better = sum > best;
+    from = better ? Doubles{} + double(r) : from;
+    best = better ? sum : best;
+  }
+  double lanes[K + K + 1][K][kStrands];  // multipliers, directions, limits
+  for (int lane = 0; lane < kStrands; ++lane) {
+    const int at = s.piece_count[piece] > 0 ? s.piece_vertex[piece][static_cast<int>(from[lane])] : kHullVertices;
+    const HullProof& proof = s.proof[at];
+    for (int j = 0; j < K; ++j) {
+      for (int i = 0; i < K; ++i) {
+        lanes[j][i][lane] = proof.multiplier[j][i];
+        lanes[K + j][i][lane] = proof.c[j][i];
+      }
+      lanes[K + K][j][lane] = proof.limit[j];
+    }
+  }
+  Doubles value[K], limit[K], c[K][kMaxGroup];
+  for (int j = 0; j < K; ++j) {
+    value[j] = Doubles{};
+    for (int i = 0; i < K; ++i) {
+      value[j] = accumulated(Whole{}.load(lanes[j][i]), w[i], value[j]);
+      c[j][i] = Whole{}.load(lanes[K + j][i]);
+    }
+    limit[j] = Whole{}.load(lanes[K + K][j]);
+  }
+  double lower[kMaxGroup], upper[kMaxGroup];
+  box_of_piece(g.p, positive, lower, upper);
+  return duality_bound<Doubles>(K, K, w, value, limit, c, lower, upper);
 }
 
 // Offsets b with b + a.x + c.relu(x) >= 0 on P for the normals from `first` on, one in each lane, proved piece by piece
 // from the multipliers of the best vertex. Normals from `count` on are left out.
-inline void prove_offsets(const HullGroup& g, int first, int count, HullScratch& s) {
+template <int K>
+void prove_offsets(const HullGroup& g, int first, int count, HullScratch& s) {
   const int lanes = std::min(kStrands, count - first);
-  double offset[kStrands];
-  std::fill(offset, offset + kStrands, -HUGE_VAL);
+  double of_x[K][kStrands] = {}, of_y[K][kStrands] = {};
+  for (int lane = 0; lane < lanes; ++lane)
+    for (int i = 0; i < K; ++i) {
+      of_x[i][lane] = s.normal[first + lane][i];
+      of_y[i][lane] = s.normal[first + lane][kMaxGroup + i];
+    }
+  Doubles offset = Doubles{} - HUGE_VAL;
   for (int piece = 0; piece < 1 << g.dimensions; ++piece) {
     if (s.piece_empty[piece]) continue;
     int positive = 0;
     for (int i = 0; i < g.dimensions; ++i)
       if (piece >> i & 1) positive |= 1 << g.neuron[i];
-    double w[kStrands][kMaxGroup], scaled[kMaxGroup][kStrands] = {};
-    for (int j = 0; j < lanes; ++j) {
-      const double* normal = s.normal[first + j];
-      for (int i = 0; i < kMaxGroup; ++i)
-        w[j][i] = -(positive >> i & 1 ? normal[i] + normal[kMaxGroup + i] : normal[i]);
-      for (int i = 0; i < g.dimensions; ++i) scaled[i][j] = w[j][g.neuron[i]] * g.radius[i];
+    Doubles w[K];
+    for (int i = 0; i < K; ++i) {
+      const Doubles a = Whole{}.load(of_x[i]);
+      w[i] = -(positive >> i & 1 ? a + Whole{}.load(of_y[i]) : a);
     }
-    Doubles best = Doubles{} - HUGE_VAL, from{}, objective[kMaxGroup];
-    for (int i = 0; i < g.dimensions; ++i) objective[i] = Whole{}.load(scaled[i]);
-    for (int r = 0; r < s.piece_count[piece]; ++r) {
-      Doubles sum{};
-      for (int i = 0; i < g.dimensions; ++i) sum = accumulated(Doubles{} + s.piece_x[piece][i][r], objective[i], sum);
-      const auto better = sum > best;
-      from = better ? Doubles{} + double(r) : from;
-      best = better ? sum : best;
-    }
-    for (int j = 0; j < lanes; ++j) {
-      Multipliers v{};
-      if (s.piece_count[piece] > 0) {
-        const double one[kMaxGroup] = {scaled[0][j], scaled[1][j], scaled[2][j], scaled[3][j]};
-        v = multipliers_at(s.vertex[s.piece_vertex[piece][static_cast<int>(from[j])]], one);
-      }
-      const double bound = piece_bound(g.p, w[j], positive, v);
-      offset[j] = bound <= offset[j] ? offset[j] : bound != bound ? HUGE_VAL : bound;
-    }
+    const Doubles bound = prove_piece<K>(g, piece, positive, w, s);
+    offset = bound <= offset ? offset : bound != bound ? Doubles{} + HUGE_VAL : bound;
   }
-  for (int j = 0; j < lanes; ++j) s.offset[first + j] = offset[j];
+  for (int lane = 0; lane < lanes; ++lane) s.offset[first + lane] = offset[lane];
+}
+
+inline void prove_all_offsets(const HullGroup& g, HullScratch& s) {
+  describe_proofs(g, s);
+  for (int r = 0; r < s.normals; r += kStrands) {
+    if (g.p.k == 2) prove_offsets<2>(g, r, s.normals, s);
+    if (g.p.k == 3) prove_offsets<3>(g, r, s.normals, s);
+    if (g.p.k == 4) prove_offsets<4>(g, r, s.normals, s);
+  }
 }
 
 // ---- candidates ----------------------------------------------------------------------------------------------------
@@ -442,6 +494,26 @@ struct Aims {
   }
 };
 
+// A corner of what the triangles alone allow, or a mean of three: a vertex of P, or of P cut by some planes x_i = 0,
+// with y on the chords of some coordinates (`up`, drawn at random, but not where x_i = 0) and on the graph of the
+// others. Where y is wanted large in `up` and small elsewhere, it is at one of these that triangles allow most.
+template <int N>
+void aim_at_relaxation(const HullGroup& g, const Lifted& lifted, int ray, const HullScratch& s, double* objective) {
+  for (int c = 0; c < N; ++c) objective[c] = 0;
+  for (int term = 0; term < (ray & 1 ? 3 : 1); ++term) {
+    const uint64_t draw = 10000 + 16 * static_cast<uint64_t>(ray) + 4 * term;
+    const HullVertex& corner = s.vertex[static_cast<int>(uniform(draw) * s.vertices)];
+    const int up = static_cast<int>(uniform(draw + 1) * (1 << g.dimensions)) & ~corner.zero;
+    const double share = uniform(draw + 2);
+    for (int c = 0; c < N; ++c) {
+      const int i = lifted.hull_coordinate[c], n = g.neuron[i];
+      const double x = corner.exact[i] * g.radius[i], lower = g.p.lower[n], upper = g.p.upper[n];
+      const double y = up >> i & 1 ? upper * (x - lower) / (upper - lower) : std::max(x, 0.0);
+      objective[c] += share * (lifted.kind[c] == 0 ? x : lifted.kind[c] == 1 ? y : y - x) * lifted.inverse[c];
+    }
+  }
+}
+
 // All facets of {s - g.z >= 0}, or those that simplex walks pass.
 template <int N>
 void find_facets(const HullGroup& g, const Lifted& lifted, double sign, bool closed, const Aims& aims, HullScratch& s) {
@@ -492,22 +564,26 @@ void find_facets(const HullGroup& g, const Lifted& lifted, double sign, bool clo
       propose(g, lifted, normal, s);
     });
   } else {
-    int used = 0;
-    take(basis);
-    for (int ray = 0; ray < aims.count || used < aims.pivots; ++ray) {
-      if (!refresh(basis, h)) return;
-      double objective[N] = {};
-      if (ray < aims.count) {
-        for (int c = 0; c < N; ++c) objective[c] = aims.at(g, lifted, ray, c);
-      } else {
-        for (int j = 0; j < 3; ++j) {
-          const uint64_t draw = 10000 + 8 * static_cast<uint64_t>(ray) + 2 * j;
-          const int v = static_cast<int>(uniform(draw) * count);
-          const double share = -std::log(uniform(draw + 1) + 1e-9);
-          for (int c = 0; c < N; ++c) objective[c] += share * s.z[c][v];
-        }
+    s.known.clear();
+    s.rows.read(h, N);
+    double last[N] = {};
+    const auto keep = [&](const Basis<N>& at, int age) {  // many bases have the same facet, one after another
+      double normal[N], moved = 0;
+      vertex_of(at, s.exact_rhs, normal);
+      for (int c = 0; c < N; ++c) {
+        moved = std::max(moved, std::fabs(normal[c] - last[c]));
+        last[c] = normal[c];
       }
-      used += 1 + climb(basis, h, objective, 50 * N, take);
+      if (moved > 1e-7 && s.known.add(at, age, normal)) propose(g, lifted, normal, s);
+    };
+    keep(basis, 0);
+    for (int ray = 0, used = 0; ray < aims.count || used < aims.pivots; ++ray) {
+      double objective[N];
+      if (ray < aims.count)
+        for (int c = 0; c < N; ++c) objective[c] = aims.at(g, lifted, ray, c);
+      else
+        aim_at_relaxation<N>(g, lifted, ray, s, objective);
+      used += 1 + shoot<N>(s.known, s.rows, h, objective, 50 * N, keep);
     }
   }
 }
@@ -676,7 +752,7 @@ void write_hull_rows(const HullGroup& g, const double* points, int point_count, 
   const bool choose = s.normals > room;
   for (int r = 0; r < s.normals; ++r)
     for (int i = 0; i < 2 * kMaxGroup; ++i) s.normal[r][i] = static_cast<double>(static_cast<T>(s.normal[r][i]));
-  for (int r = 0; r < s.normals; r += kStrands) prove_offsets(g, r, s.normals, s);
+  prove_all_offsets(g, s);
   int kept = 0;
   for (int r = 0; r < s.normals; ++r) {
     if (!(std::fabs(s.offset[r]) < HUGE_VAL)) continue;

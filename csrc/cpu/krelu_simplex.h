@@ -35,7 +35,6 @@ struct Halfspaces {
   double* rhs;        // [kPolarRows]
   double* exact_rhs;  // [kPolarRows]
   double* slack;      // [kPolarRows], scratch
-  double* rate;       // [kPolarRows], scratch
   int count;
 
   int padded() const { return (count + 2 * kStrands - 1) / (2 * kStrands) * (2 * kStrands); }
@@ -105,7 +104,6 @@ PYCERT_INLINE int row_of_largest(const Doubles& best, const Doubles& from) {
 }
 
 // The row that stops the walk along -edge[leaving], or -1: the one of largest rate / slack, compared without dividing.
-// h.slack is read, h.rate written.
 template <int N>
 int blocking_row(const Basis<N>& basis, const Halfspaces& h, int leaving) {
   Doubles best_rate[2] = {}, best_slack[2] = {Doubles{} + 1, Doubles{} + 1}, from[2] = {};
@@ -116,7 +114,6 @@ int blocking_row(const Basis<N>& basis, const Halfspaces& h, int leaving) {
       const int at = r + half * kStrands;
       Doubles rate{};
       for (int c = 0; c < N; ++c) rate = accumulated(Whole{}.load(h.z + c * kPolarRows + at), d[c], rate);
-      Whole{}.store(h.rate + at, rate);
       Doubles slack = Whole{}.load(h.slack + at);
       slack = slack < kSlack ? Doubles{} + kSlack : slack;
       const Doubles moving = rate > kRate ? rate : Doubles{};
@@ -129,15 +126,6 @@ int blocking_row(const Basis<N>& basis, const Halfspaces& h, int leaving) {
   const Doubles speed[2] = {best_rate[0] / best_slack[0], best_rate[1] / best_slack[1]};
   const auto second = speed[1] > speed[0];
   return row_of_largest(second ? speed[1] : speed[0], second ? from[1] : from[0]);
-}
-
-// Rows in the middle of a walk: slacks change by the step alone.
-inline void advance(const Halfspaces& h, int left, int entering) {
-  const double step = h.slack[entering] / h.rate[entering];
-  for (int r = 0; r < h.padded(); r += kStrands)
-    Whole{}.store(h.slack + r, Whole{}.load(h.slack + r) - Whole{}.load(h.rate + r) * step);
-  h.slack[left] = step;  // its rate is -1
-  h.slack[entering] = HUGE_VAL;
 }
 
 // What the dual simplex method ended with: a vertex; or, where the polyhedron is empty, a row that no point satisfies
@@ -280,31 +268,3 @@ struct Walk {
     return count;
   }
 };
-
-// Primal simplex: towards the vertex that is extreme along w; visit(basis) at each vertex passed. Pivots used.
-template <int N, typename Visit>
-int climb(Basis<N>& basis, const Halfspaces& h, const double* w, int limit, const Visit& visit) {
-  find_slacks(basis, h);
-  double price[N];
-  for (int i = 0; i < N; ++i) {
-    price[i] = 0;
-    for (int c = 0; c < N; ++c) price[i] += w[c] * basis.edge[i][c];
-  }
-  for (int used = 0; used < limit; ++used) {
-    int leaving = 0;
-    for (int i = 1; i < N; ++i)
-      if (price[i] < price[leaving]) leaving = i;
-    if (price[leaving] > -1e-12) return used;
-    const int entering = blocking_row(basis, h, leaving);
-    if (entering < 0) return used;
-    advance(h, basis.row[leaving], entering);
-    double t[N];
-    coordinates_of(basis, h, entering, t);
-    const double change = price[leaving] / t[leaving];
-    for (int i = 0; i < N; ++i) price[i] -= t[i] * change;
-    price[leaving] = change;
-    exchange(basis, h, leaving, entering);
-    visit(basis);
-  }
-  return limit;
-}

@@ -2,7 +2,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "core/krelu.h"
@@ -12,6 +12,8 @@
 namespace pycert {
 
 using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 
 namespace {
@@ -91,6 +93,37 @@ std::tuple<Tensor, Tensor> krelu_hull(const Tensor& lower, const Tensor& upper, 
   return {out, count};
 }
 
+std::tuple<Tensor, Tensor> below_autograd(const Tensor& lower, const Tensor& upper, const Tensor& A, const Tensor& b,
+                                          const OptionalTensor& identity, const OptionalTensor& points, int64_t rows,
+                                          int64_t pivots) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("pycert::krelu_hull", "").typed<decltype(krelu_hull)>();
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(lower, upper, A, b, identity, points, rows, pivots);
+}
+
+struct HullFunction : torch::autograd::Function<HullFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& lower, const Tensor& upper, const Tensor& A,
+                               const Tensor& b, const OptionalTensor& identity, const OptionalTensor& points,
+                               int64_t rows, int64_t pivots) {
+    auto [out, count] = below_autograd(lower, upper, A, b, identity, points, rows, pivots);
+    ctx->mark_non_differentiable({count});
+    return {out, count};
+  }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, kOp, ": has no gradient; differentiate through the bound that uses the rows");
+  }
+};
+
+// Torch's own fallback for operators without a gradient costs as much as a small group.
+std::tuple<Tensor, Tensor> krelu_hull_autograd(const Tensor& lower, const Tensor& upper, const Tensor& A,
+                                               const Tensor& b, const OptionalTensor& identity,
+                                               const OptionalTensor& points, int64_t rows, int64_t pivots) {
+  if (!any_needs_grad(lower, upper, A, b)) return below_autograd(lower, upper, A, b, identity, points, rows, pivots);
+  const variable_list out = HullFunction::apply(lower, upper, A, b, identity, points, rows, pivots);
+  return {out[0], out[1]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
@@ -101,6 +134,6 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("krelu_hull", krelu_hull); }
 
-TORCH_LIBRARY_IMPL(pycert, Autograd, m) { m.impl("krelu_hull", torch::autograd::autogradNotImplementedFallback()); }
+TORCH_LIBRARY_IMPL(pycert, Autograd, m) { m.impl("krelu_hull", krelu_hull_autograd); }
 
 }  // namespace pycert

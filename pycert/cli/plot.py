@@ -1,4 +1,4 @@
-"""``pycert plot``: draw results again."""
+"""``pycert plot``: draw results again, or what relaxations look like."""
 
 from __future__ import annotations
 
@@ -14,18 +14,30 @@ from pycert.cli.inputs import CommandError
 
 def add_parser(subparsers: Any) -> None:
     """Options of the command."""
-    parser = subparsers.add_parser("plot", help="draw results of certify or demo")
+    parser = subparsers.add_parser("plot", help="draw results of certify or demo, or relaxations")
     parser.add_argument(
-        "results", type=Path, help="certify's FILE.jsonl (finished or not) or demo's results.json"
+        "results",
+        type=Path,
+        help="certify's FILE.jsonl (finished or not), demo's results.json, or the word relaxation: pictures of "
+        "what box, zonotope, CROWN, triangle and k-ReLU allow, and an interactive page",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="picture: .png, .svg or .pdf (default RESULTS.png)"
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="picture: .png, .svg or .pdf (default RESULTS.png); for relaxation a folder (default: here)",
     )
+    relaxation = parser.add_argument_group("relaxation")
+    relaxation.add_argument("--lower", type=float, default=-1.0, help="end of the interval (default -1)")
+    relaxation.add_argument("--upper", type=float, default=1.0, help="end of the interval (default 1)")
+    relaxation.add_argument("--format", choices=("png", "svg", "pdf"), default="png", help="of the pictures")
     parser.add_argument("--title", help="in place of the network's and the data's names")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw and print the picture's path."""
+    """Draw and print the paths of what was written."""
+    if str(args.results) == "relaxation":
+        return _relaxation(args)
     if args.results.suffix == ".jsonl":
         results = records.summarize(*records.read(args.results))
     else:
@@ -40,4 +52,15 @@ def run(args: argparse.Namespace) -> int:
     if args.title is not None:
         results |= {"network": args.title, "data": ""}
     print(plot.certified_accuracy(results, args.out or args.results.with_suffix(".png")))
+    return 0
+
+
+def _relaxation(args: argparse.Namespace) -> int:
+    folder = args.out or Path()
+    folder.mkdir(parents=True, exist_ok=True)
+    data = plot.relaxation_data(args.lower, args.upper)
+    for draw in (plot.relaxation_neuron, plot.relaxation_plane, plot.relaxation_solid):
+        print(draw(data, folder / f"{draw.__name__}.{args.format}"))
+    for path in plot.relaxation_page(folder / "relaxation.html"):
+        print(path)
     return 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Steps of the simplex method per group and sign, where ``pivots`` is not given: groups whose lifted points have more
-#: than four dimensions are not enumerated but sampled.
-DEFAULT_PIVOTS = {1: 0, 2: 0, 3: 300, 4: 1400}
+#: Rays and steps of the simplex method per group and sign, where ``pivots`` is not given: groups whose lifted points
+#: have more than four dimensions are not enumerated but sampled.
+DEFAULT_PIVOTS = {1: 0, 2: 0, 3: 240, 4: 1400}
 #: Rows beyond the octahedron and the triangles, where ``max_rows`` is not given.
 DEFAULT_ROWS = {1: 0, 2: 64, 3: 256, 4: 1024}
 
@@ -60,7 +60,7 @@ def krelu_hull(
             middle of the triangles).
         max_rows: how many rows may be added to octahedron and triangles; 0, 64, 256, 1024 for k = 1, 2, 3, 4
             unless given.
-        pivots: steps of the simplex method per group for ``k = 3`` and ``4``: more find more facets. 300 and
+        pivots: rays and steps of the simplex method per group for ``k = 3`` and ``4``: more find more facets. 240 and
             1400 unless given.
 
     Returns:
@@ -90,7 +90,7 @@ def krelu_hull(
     extra = DEFAULT_ROWS.get(k, 0) if max_rows is None else max_rows
     steps = DEFAULT_PIVOTS.get(k, 0) if pivots is None else pivots
     rows = 3**k - 1 + 3 * k + extra
-    return torch.ops.pycert.krelu_hull(lower, upper, A, b, identity, points, rows, steps)
+    return torch.ops.pycert.krelu_hull.default(lower, upper, A, b, identity, points, rows, steps)
 
 
 @torch.library.register_fake("pycert::krelu_hull")
