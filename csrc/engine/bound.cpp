@@ -69,6 +69,7 @@ Start Start::select(const Tensor& kept) const {
   Start out;
   out.node = node;
   out.sample = sample.index_select(0, kept);
+  if (number.defined()) out.number = number.index_select(0, kept);
   if (negative_from < count()) out.negative_from = kept.lt(negative_from).sum().item<int64_t>();
   if (element.defined()) {
     out.element = element.index_select(0, kept);
@@ -258,7 +259,7 @@ void Context::refine(int64_t i, bool all) {
   in_chunks(*this, sample.size(0), chunk_rows(2 * cost.bytes, options_.memory, preferred_bytes(*this, kChunkBytes)),
             [&](int64_t begin, int64_t end) {
               const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
-              const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin};
+              const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin, {}};
               const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
                                                                  : walk(*this, start, false, false).lower;
               lowers.push_back(values.narrow(0, 0, end - begin));
@@ -315,8 +316,11 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
       start.table = spec->rows.narrow(0, begin, rows_here);
       if (sides.both) start.source = twice(at::arange(rows_here, context.index_options()), true);
     }
-    const Ascent& ascent = context.options().ascent;
-    const WalkResult result = ascent.iterations > 0 && !stop_at_activations
+    const Options& options = context.options();
+    const Ascent& ascent = options.ascent;
+    const bool given = !options.first_slopes.empty() || !options.first_multipliers.empty();
+    if (given) start.number = sides.both ? at::cat({row, row + total}) : row;
+    const WalkResult result = (ascent.iterations > 0 || given) && !stop_at_activations
                                   ? ascend(context, start, keep_linear, ascent.threshold)
                                   : walk(context, start, stop_at_activations, keep_linear);
     const auto take = [&](const Tensor& t, bool upper) {

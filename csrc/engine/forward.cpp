@@ -81,6 +81,8 @@ Context Context::plain() const {
   Options options = options_;
   options.soundness = Soundness::None;
   options.ascent = {};
+  for (auto& [activation, cuts] : options.cuts)
+    cuts = {usable(cuts.index), usable(cuts.of_value), usable(cuts.of_activation), usable(cuts.constant)};
   Context out(program_, std::move(params), std::move(regions), std::move(options));
   for (size_t i = 0; i < boxes_.size(); ++i)
     out.boxes_[i] = {usable(std::get<0>(boxes_[i])), usable(std::get<1>(boxes_[i]))};
