@@ -19,6 +19,7 @@ SUBJECTS = {
     "estimate": "benchmarks.bench_estimate",
     "relaxation": "benchmarks.bench_relaxation",
     "lipschitz": "benchmarks.bench_lipschitz",
+    "krelu": "benchmarks.bench_krelu",
     "paradox": "benchmarks.paradox",
     "compat": "benchmarks.compat",
 }

@@ -22,7 +22,7 @@ from pycert.regions import Box, LpBall, Region
 _ENGINE_METHODS = {"ibp": 0, "crown-ibp": 1, "crown": 2, "fastlin": 2, "alpha-crown": 2, "forward": 3}
 _FALL = 0.05  # of the rate over all steps of an ascent with cuts
 #: With constraints on groups of neurons (:mod:`pycert.krelu`).
-JOINT_METHODS = ("krelu",)
+JOINT_METHODS = ("krelu", "lp")
 #: Bounds that a caller vouches for, by node number: values taken as they are, and values to intersect with.
 Boxes = tuple[dict[int, tuple[Tensor, Tensor]], dict[int, tuple[Tensor, Tensor]]]
 
@@ -158,7 +158,8 @@ class BoundedModule(nn.Module):
                 or adaptive slopes), ``"alpha-crown"`` (crown with lower slopes optimised for these bounds),
                 ``"forward"`` (linear functions of the input propagated forward; for few inputs),
                 ``"lipschitz"`` (the value at the centre and local Lipschitz constants; docs/lipschitz.md),
-                ``"krelu"`` (alpha-crown with constraints on groups of neurons; docs/krelu.md).
+                ``"krelu"`` (alpha-crown with constraints on groups of neurons; docs/krelu.md), ``"lp"``
+                (linear programs with triangles, and such constraints where ``rows`` is not 0).
             spec: ``[S, n_out]`` or ``[B, S, n_out]``, rows to bound instead of the outputs.
             return_linear: also return the linear functions of the input behind the bounds.
             side: ``"both"``, ``"lower"`` or ``"upper"``; what is not asked for is not computed.
@@ -183,7 +184,8 @@ class BoundedModule(nn.Module):
                 enough and optimised no further; by default all are.
             k, ns, s, cover, least: of ``"krelu"``: groups of ``k`` neurons, 3; see
                 :func:`pycert.krelu.select_groups`.
-            rows: of ``"krelu"``: how many constraints a group has at most, 12.
+            rows: of ``"krelu"`` and ``"lp"``: how many constraints a group has at most, 12 and 0.
+            time_limit: of ``"lp"``: seconds of a sample; what is not solved then keeps the bound of alpha-crown.
             cut_rate: of ``"krelu"``: the first step of multipliers, in units of a coefficient's usual size, 0.1.
             cuts: of ``"krelu"``: a :class:`pycert.krelu.CutSet` of more constraints.
 
@@ -210,20 +212,22 @@ class BoundedModule(nn.Module):
         if method == "lipschitz":
             return self._lipschitz(region, rows, parsed, return_linear)
         if method in JOINT_METHODS:
-            return self._joint(regions, rows, parsed, return_linear)
+            return self._joint(regions, rows, method, parsed, return_linear)
         return self._bound(regions, rows, method, parsed, return_linear)
 
     def _joint(
         self,
         regions: list[Any],
         rows: tuple[Tensor, Tensor | None, int] | None,
+        method: str,
         parsed: Options,
         return_linear: bool = False,
     ) -> Bounds:
         """Bounds with constraints on groups of neurons."""
-        from pycert import krelu  # it needs this module
+        from pycert import _lp, krelu  # they need this module
 
-        return krelu.bound_rows(self, regions, rows, parsed, return_linear)
+        module = _lp if method == "lp" else krelu
+        return module.bound_rows(self, regions, rows, parsed, return_linear)
 
     def _lipschitz(
         self,
@@ -588,7 +592,7 @@ def margins(
     if method == "lipschitz":
         lower = bm._lipschitz(region, rows, parsed).lower
     elif method in JOINT_METHODS:
-        lower = bm._joint(regions, rows, parsed).lower
+        lower = bm._joint(regions, rows, method, parsed).lower
     else:
         lower = bm._bound(regions, rows, method, parsed).lower
     assert lower is not None

@@ -25,6 +25,7 @@ CASCADES = {
     "forward": ("ibp", "forward"),
     "lipschitz": ("ibp", "lipschitz"),
     "krelu": ("ibp", "crown-ibp", "crown", "alpha-crown", "krelu"),
+    "lp": ("ibp", "crown-ibp", "crown", "alpha-crown", "lp"),
 }
 
 

@@ -290,6 +290,8 @@ def _layer_cuts(
     bm: BoundedModule, regions: list[Any], node: int, boxes: Boxes, parsed: Options
 ) -> Cuts | None:
     """Rows of the hulls of groups at one layer, None where no sample has groups."""
+    if parsed.rows == 0:
+        return None
     lower, upper = (t.detach().flatten(1) for t in boxes[node])
     batch = len(lower)
     chosen = [
@@ -353,21 +355,18 @@ def known_boxes(bm: BoundedModule, regions: list[Any], parsed: Options) -> tuple
     tighten = parsed.intermediate == "krelu"
     base = "crown" if tighten else parsed.intermediate
     plain = dataclasses.replace(_bare(parsed), iterations=20, learning_rate=parsed.learning_rate)
-    with torch.no_grad():
-        first = dataclasses.replace(plain, intermediate=base)
-        boxes = {
-            i: (lo.detach(), up.detach()) for i, (lo, up) in bm._layer_boxes(regions, base, first).items()
-        }
-        cuts = CutSet(bm)
-        given: Boxes = {}
-        for node in sorted(boxes):
-            if tighten and given:
-                boxes[node] = _tightened(bm, regions, node, boxes[node], given, cuts, parsed)
-            given[node] = boxes[node]
-            if node in relus:
+    boxes = bm._layer_boxes(regions, base, dataclasses.replace(plain, intermediate=base))
+    cuts = CutSet(bm)
+    given: Boxes = {}
+    for node in sorted(boxes):
+        if tighten and given:
+            boxes[node] = _tightened(bm, regions, node, boxes[node], given, cuts, parsed)
+        given[node] = boxes[node]
+        if node in relus:
+            with torch.no_grad():
                 found = _layer_cuts(bm, regions, node, given, parsed)
-                if found is not None:
-                    cuts.cuts[_activation_of(bm.graph, found.layer)[0]] = found
+            if found is not None:
+                cuts.cuts[_activation_of(bm.graph, found.layer)[0]] = found
     return given, cuts
 
 
@@ -385,8 +384,8 @@ def _tightened(
     part, table = _truncated(bm, node), torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
     crown = part._layer_boxes(regions, "crown", _bare(parsed), boxes=(given, {})).get(node)
     if crown is not None:
-        lower = torch.maximum(lower, crown[0].detach().flatten(1))
-        upper = torch.minimum(upper, crown[1].detach().flatten(1))
+        lower = torch.maximum(lower, crown[0].flatten(1))
+        upper = torch.minimum(upper, crown[1].flatten(1))
     open_ones = ((lower < 0) & (upper > 0)).any(0).nonzero().flatten()
     if len(open_ones) > 0:
         rows = (
@@ -397,9 +396,8 @@ def _tightened(
         options = dataclasses.replace(parsed, side="both", threshold=0.0, intermediate="crown")
         found = part._bound(regions, rows, "alpha-crown", options, boxes=(given, {}), cuts=cuts)
         assert found.lower is not None and found.upper is not None
-        lower, upper = lower.clone(), upper.clone()
-        lower[:, open_ones] = torch.maximum(lower[:, open_ones], found.lower.detach())
-        upper[:, open_ones] = torch.minimum(upper[:, open_ones], found.upper.detach())
+        lower = lower.index_copy(1, open_ones, torch.maximum(lower[:, open_ones], found.lower))
+        upper = upper.index_copy(1, open_ones, torch.minimum(upper[:, open_ones], found.upper))
     return lower.view_as(box[0]), upper.view_as(box[1])
 
 
@@ -413,13 +411,34 @@ def bound_rows(
     boxes, cuts = known_boxes(bm, regions, parsed)
     if parsed.cuts is not None:
         cuts = cuts._with(parsed.cuts)
-    parsed = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
+    given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
+    return ascended(bm, regions, rows, given, boxes, cuts, return_linear)
+
+
+def ascended(
+    bm: BoundedModule,
+    regions: list[Any],
+    rows: Rows | None,
+    parsed: Options,
+    boxes: Boxes,
+    cuts: CutSet,
+    return_linear: bool,
+) -> Bounds:
+    """The better of alpha-crown and of an ascent of slopes and multipliers together, for every row."""
     single = dataclasses.replace(parsed, iterations=min(parsed.iterations, 20))
     best = bm._bound(regions, rows, "alpha-crown", single, return_linear, boxes=(boxes, {}))
-    if parsed.iterations == 0 or not cuts.cuts:
+    if parsed.iterations == 0 or not cuts.cuts or _all_beyond(best, parsed.threshold):
         return best
     joint = bm._bound(regions, rows, "alpha-crown", parsed, return_linear, boxes=(boxes, {}), cuts=cuts)
     return _better(best, joint)
+
+
+def _all_beyond(bounds: Bounds, threshold: float | None) -> bool:
+    """Whether every bound is good enough."""
+    if threshold is None:
+        return False
+    ends = ((bounds.lower, 1), (bounds.upper, -1))
+    return all(bool((t * sign > threshold * sign).all()) for t, sign in ends if t is not None)
 
 
 def _better(a: Bounds, b: Bounds) -> Bounds:

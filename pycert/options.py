@@ -15,7 +15,7 @@ from pycert._groups import check_selection
 from pycert.ops.relaxation import SLOPES
 
 #: Methods of :meth:`pycert.BoundedModule.bound`, cheapest first.
-METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward", "lipschitz", "krelu")
+METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward", "lipschitz", "krelu", "lp")
 SOUNDNESS = ("none", "real", "deployed")
 SIDES = ("both", "lower", "upper")
 PRECISIONS = ("exact", "fast")
@@ -53,6 +53,7 @@ class Options:
     rows: int = 12
     cut_rate: float = 0.1
     cuts: Any = None
+    time_limit: float | None = None
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Options))
@@ -61,9 +62,13 @@ ASCENT = ("iterations", "learning_rate", "alpha", "intermediate", "threshold")
 #: Options of groups of neurons, of ``"krelu"``.
 JOINT = ("k", "ns", "s", "cover", "least", "rows", "cut_rate", "cuts")
 #: Which methods take an option; all where it is not listed.
-TAKEN_BY = dict.fromkeys(ASCENT, ("alpha-crown", "krelu", "lp")) | dict.fromkeys(JOINT, ("krelu", "lp"))
+TAKEN_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(ASCENT, ("alpha-crown", "krelu", "lp")),
+    **dict.fromkeys(JOINT, ("krelu", "lp")),
+    "time_limit": ("lp",),
+}
 #: Defaults that differ from those of ``Options``.
-_DEFAULTS: dict[str, dict[str, Any]] = {"krelu": {"iterations": 60}}
+_DEFAULTS: dict[str, dict[str, Any]] = {"krelu": {"iterations": 60}, "lp": {"iterations": 60, "rows": 0}}
 
 
 def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -119,6 +124,9 @@ def _check_joint(options: Options) -> None:
         value = getattr(options, name)
         if not _is_number(value) or not least <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+    limit = options.time_limit
+    if limit is not None and not (_is_number(limit) and limit >= 0):
+        raise ValueError(f"time_limit must be seconds or None, got {limit!r}")
     if options.cuts is not None and not hasattr(options.cuts, "_for_engine"):
         raise TypeError(f"cuts must be a pycert.krelu.CutSet, got {type(options.cuts).__name__}")
 

@@ -569,7 +569,7 @@ print(bool((lower <= bm(few.x)).all() and (bm(few.x) <= upper).all()))
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(method="crwn"), r"'ibp', 'crown-ibp', 'fastlin', 'crown', 'alpha-crown', 'forward', 'lipschitz', 'krelu', got 'crwn'; did you mean 'crown'"),
+        (dict(method="crwn"), r"'ibp', 'crown-ibp', 'fastlin', 'crown', 'alpha-crown', 'forward', 'lipschitz', 'krelu', 'lp', got 'crwn'; did you mean 'crown'"),
         (dict(method=None), r"method must be one of 'ibp'"),
         (dict(slop="zero"), r"unknown option 'slop'; known are .*memory.*slope.*spec.* Did you mean 'slope'"),
         (dict(slope="steep"), r"slope must be one of 'adaptive', 'parallel', 'zero', 'one', got 'steep'"),

@@ -392,3 +392,13 @@ def test_layer_bounds_are_tightened_by_rows_of_earlier_layers():
         ).all()
     width = {name: (b["2"].upper - b["2"].lower).sum() for name, b in (("joint", found), ("single", single))}
     assert width["joint"] < width["single"]
+
+
+def test_without_rows_values_and_gradients_are_those_of_crown():
+    bm, region = random_net(12)
+    grads = {}
+    for method, options in (("crown", {}), ("krelu", dict(rows=0, iterations=0))):
+        bm.net.zero_grad()
+        bm.bound(region, method, soundness="none", **options).lower.sum().backward()
+        grads[method] = bm.net[0].weight.grad.clone()
+    torch.testing.assert_close(grads["krelu"], grads["crown"])

@@ -22,7 +22,18 @@ from pycert.cli.inputs import CommandError
 from pycert.options import ALPHAS, JOINT_INTERMEDIATES, METHODS, SOUNDNESS, TAKEN_BY, memory_bytes, parse
 
 #: Options that go to some methods alone (``pycert.options.TAKEN_BY``); None is the method's own default.
-SOME_OPTIONS = ("iterations", "learning_rate", "alpha", "intermediate", "k", "ns", "s", "cover", "rows")
+SOME_OPTIONS = (
+    "iterations",
+    "learning_rate",
+    "alpha",
+    "intermediate",
+    "k",
+    "ns",
+    "s",
+    "cover",
+    "rows",
+    "time_limit",
+)
 
 EPILOG = """
 examples:
@@ -81,18 +92,30 @@ def _add_bound_options(parser: argparse.ArgumentParser) -> None:
     bounds.add_argument(
         "--alpha",
         choices=ALPHAS,
-        help=f"of alpha-crown and krelu: slopes for every margin, or one set for all (default {ALPHAS[0]})",
+        help=f"of alpha-crown, krelu and lp: slopes for every margin, or one set for all (default {ALPHAS[0]})",
     )
     bounds.add_argument(
         "--intermediate",
         choices=JOINT_INTERMEDIATES,
-        help="of alpha-crown and krelu: method of the intermediate bounds (default crown)",
+        help="of alpha-crown, krelu and lp: method of the intermediate bounds (default crown)",
     )
-    bounds.add_argument("--k", type=int, help="of krelu: neurons in a group, 1 to 4 (default 3)")
-    bounds.add_argument("--ns", type=int, metavar="N", help="of krelu: neurons in a block (default 70)")
-    bounds.add_argument("--s", type=int, metavar="N", help="of krelu: neurons groups may share (default 1)")
-    bounds.add_argument("--cover", choices=COVERS, help="of krelu: groups of a block (default sparse)")
-    bounds.add_argument("--rows", type=int, metavar="N", help="of krelu: rows of a group (default 12)")
+    bounds.add_argument("--k", type=int, help="of krelu and lp: neurons in a group, 1 to 4 (default 3)")
+    bounds.add_argument(
+        "--ns", type=int, metavar="N", help="of krelu and lp: neurons in a block (default 70)"
+    )
+    bounds.add_argument(
+        "--s", type=int, metavar="N", help="of krelu and lp: neurons groups may share (default 1)"
+    )
+    bounds.add_argument("--cover", choices=COVERS, help="of krelu and lp: groups of a block (default sparse)")
+    bounds.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="of krelu and lp: rows of a group (default 12; lp 0, triangles alone)",
+    )
+    bounds.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="of lp, for a sample (default none)"
+    )
     bounds.add_argument(
         "--attack", action="store_true", help="also attack by PGD: an upper limit on any certificate"
     )

@@ -1,0 +1,184 @@
+"""k-ReLU in the bound: images certified and seconds an image on MNIST 6x100 and CIFAR-10 networks, image by image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import pycert
+
+from . import results
+
+FOLDER = results.FOLDER / "krelu"
+JOINT = dict(intermediate="krelu", iterations=60, cut_rate=0.2)
+#: What stands in the tables: method and options. All but the first two only see what alpha-crown leaves open.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "crown": ("crown", {}),
+    "alpha-crown": ("alpha-crown", {}),
+    "krelu": ("krelu", JOINT),
+    "lp-triangle": ("lp", dict(time_limit=60)),
+    "lp+krelu": ("lp", dict(rows=12, time_limit=60, **JOINT)),
+}
+#: Images certified of the first 1000 on the same network, and seconds an image, as published.
+PUBLISHED = {
+    "DeepPoly": "160 of the first 1000",
+    "k-ReLU": "441 of the first 1000, 307 s an image",
+    "PRIMA": "510 of the first 1000, 159 s an image",
+}
+#: name -> (file below the folder of networks, mean, std, eps in pixels of [0, 1])
+CIFAR = {
+    "cifar_base_kw": ("oval21/onnx/cifar_base_kw.onnx", (0.485, 0.456, 0.406), (0.225,) * 3, 2 / 255),
+    "cifar_deep_kw": ("oval21/onnx/cifar_deep_kw.onnx", (0.485, 0.456, 0.406), (0.225,) * 3, 2 / 255),
+    "resnet_2b": (
+        "cifar10_resnet/onnx/resnet_2b.onnx",
+        (0.4914, 0.4822, 0.4465),
+        (0.2471, 0.2435, 0.2616),
+        2 / 255,
+    ),
+}
+
+
+def add_arguments(parser: argparse._ArgumentGroup) -> None:
+    """Options of the subject ``krelu``."""
+    parser.add_argument(
+        "--krelu-nets", type=pathlib.Path, help="folder with eran_mlp, oval21, cifar10_resnet"
+    )
+    parser.add_argument("--krelu-data", type=pathlib.Path, help="folder with mnist.npz, cifar10_test1000.npz")
+    parser.add_argument("--krelu-images", type=int, default=100, help="of MNIST (default 100)")
+    parser.add_argument("--krelu-cifar-images", type=int, default=10, help="of CIFAR-10 (default 10)")
+    parser.add_argument("--krelu-methods", default=",".join(METHODS), help=f"of {','.join(METHODS)}")
+    parser.add_argument("--krelu-budget", type=float, default=math.inf, help="stop after so many seconds")
+    parser.add_argument("--krelu-remark", default="", help="a line about the machine, for the page")
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, torch.nn.Module, Tensor, Tensor, Tensor, Tensor]]:
+    """Name, network, images as the network sees them, labels, lower and upper ends of the boxes."""
+    data = np.load(args.krelu_data / "mnist.npz")
+    x = torch.from_numpy(data["x_test"][: args.krelu_images]).float().reshape(-1, 1, 28, 28) / 255
+    y = torch.from_numpy(data["y_test"][: args.krelu_images]).long()
+    net = pycert.load_onnx(args.krelu_nets / "eran_mlp" / "mnist_6_100.onnx")
+    region = pycert.LpBall(x, eps=0.026, clip=(0, 1))
+    yield "mnist_6_100, eps 0.026", net, x, y, region.lower, region.upper
+    if args.krelu_cifar_images == 0 or not (args.krelu_data / "cifar10_test1000.npz").exists():
+        return
+    data = np.load(args.krelu_data / "cifar10_test1000.npz")
+    pixels = torch.from_numpy(data["x"][: args.krelu_cifar_images]).float() / 255
+    y = torch.from_numpy(data["y"][: args.krelu_cifar_images]).long()
+    for name, (path, mean, std, eps) in CIFAR.items():
+        m, s = (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+        ends = [((pixels + sign * eps).clamp(0, 1) - m) / s for sign in (-1, 1)]
+        yield (
+            f"{name}, eps 2/255",
+            pycert.load_onnx(args.krelu_nets / path),
+            (pixels - m) / s,
+            y,
+            ends[0],
+            ends[1],
+        )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Bound what the file of records does not hold yet, then make the tables of all it holds."""
+    if args.krelu_nets is None or args.krelu_data is None:
+        return {
+            "tables": [{"title": "k-ReLU", "columns": [], "rows": []}],
+            "notes": ["no networks: --krelu-nets"],
+        }
+    folder = FOLDER if args.out is None else args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    path, until = folder / "images.jsonl", time.monotonic() + args.krelu_budget
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {(r["net"], r["image"], r["method"]): r for r in records}
+    wanted = args.krelu_methods.split(",")
+    for name, net, x, y, low, high in cases(args):
+        bm = pycert.BoundedModule(net, x[:1])
+        for method in (m for m in METHODS if m in wanted):
+            for i in range(len(x)):
+                key = (name, i, method)
+                if key in known:
+                    continue
+                if time.monotonic() > until:
+                    return tables(list(known.values()), args.krelu_remark)
+                known[key] = record(bm, name, i, method, x, y, low, high, known)
+                with path.open("a") as file:
+                    file.write(json.dumps(known[key]) + "\n")
+    return tables(list(known.values()), args.krelu_remark)
+
+
+def record(
+    bm: pycert.BoundedModule,
+    name: str,
+    i: int,
+    method: str,
+    x: Tensor,
+    y: Tensor,
+    low: Tensor,
+    high: Tensor,
+    known: dict[tuple[str, int, str], dict[str, Any]],
+) -> dict[str, Any]:
+    """One image by one method; what a cheaper one has certified is not bounded again."""
+    found = {"net": name, "image": i, "method": method, "seconds": 0.0, "processor seconds": 0.0}
+    with torch.no_grad():
+        correct = bool(bm.net(x[i : i + 1]).argmax() == y[i])
+    before = [
+        known.get((name, i, m))
+        for m in ("crown", "alpha-crown")
+        if list(METHODS).index(m) < list(METHODS).index(method)
+    ]
+    if not correct or any(r is not None and r["certified"] for r in before):
+        return {**found, "correct": correct, "certified": correct, "margin": None}
+    started, processor = time.perf_counter(), time.process_time()
+    chosen, options = METHODS[method]
+    margin = (
+        pycert.margins(bm, pycert.Box(low[i : i + 1], high[i : i + 1]), y[i : i + 1], chosen, **options)
+        .min()
+        .item()
+    )
+    found["seconds"] = round(time.perf_counter() - started, 4)
+    found["processor seconds"] = round(time.process_time() - processor, 4)
+    return {**found, "correct": correct, "certified": margin > 0, "margin": round(margin, 5)}
+
+
+def tables(records: list[dict[str, Any]], remark: str) -> dict[str, Any]:
+    """One table a network: a method's seconds count what it does itself, for the images it bounds."""
+    made = []
+    columns = [
+        "method",
+        "images",
+        "correct",
+        "certified",
+        "bounded",
+        "processor s an image bounded",
+        "s an image bounded",
+    ]
+    for net in dict.fromkeys(r["net"] for r in records):
+        rows = []
+        for method in METHODS:
+            mine = [r for r in records if r["net"] == net and r["method"] == method]
+            if not mine:
+                continue
+            bounded = [r for r in mine if r["margin"] is not None]
+            row = {"method": method, "images": len(mine), "correct": sum(r["correct"] for r in mine)}
+            row |= {"certified": sum(r["certified"] for r in mine), "bounded": len(bounded)}
+            for column, key in (
+                ("processor s an image bounded", "processor seconds"),
+                ("s an image bounded", "seconds"),
+            ):
+                row[column] = f"{np.mean([r[key] for r in bounded]):.2f}" if bounded else "-"
+            rows.append(row)
+        made.append({"title": net, "columns": columns, "rows": rows})
+    notes = [f"Published for mnist_6_100: {name} {what}." for name, what in PUBLISHED.items()]
+    notes.append(
+        "Images that crown or alpha-crown certifies are not bounded again by the methods after them."
+    )
+    notes += [remark] if remark else []
+    return {"tables": made, "notes": notes}
