@@ -187,6 +187,8 @@ class BoundedModule(nn.Module):
             rows: of ``"krelu"`` and ``"lp"``: how many constraints a group has at most, 12 and 0.
             time_limit: of ``"lp"``: seconds of a sample; what is not solved then keeps the bound of alpha-crown.
             cut_rate: of ``"krelu"``: the first step of multipliers, in units of a coefficient's usual size, 0.1.
+            directions: of ``"krelu"`` and ``"lp"``: steps of ascent for every sum and difference of neurons that the
+                constraints rest on, 0 (crown).
             cuts: of ``"krelu"``: a :class:`pycert.krelu.CutSet` of more constraints.
 
         Returns:

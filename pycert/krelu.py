@@ -306,7 +306,10 @@ def _layer_cuts(
     groups = torch.zeros(batch, size, parsed.k, dtype=torch.int64, device=device)
     groups[real] = torch.cat(chosen).sort(dim=1).values
     plain = _bare(parsed)
-    octahedra = _octahedra(bm, regions, node, groups, "crown", plain, boxes)
+    method = "crown"
+    if parsed.directions > 0 and len(boxes) > 1:
+        method, plain = "alpha-crown", dataclasses.replace(plain, iterations=parsed.directions)
+    octahedra = _octahedra(bm, regions, node, groups, method, plain, boxes)
     flat = [t[real].contiguous() for t in octahedra]
     lo, up = (t.gather(1, groups.flatten(1)).view(groups.shape)[real] for t in (lower, upper))
     flat[0], flat[1] = torch.maximum(flat[0], lo), torch.minimum(flat[1], up)

@@ -52,6 +52,7 @@ class Options:
     least: float = 0.0
     rows: int = 12
     cut_rate: float = 0.1
+    directions: int = 0
     cuts: Any = None
     time_limit: float | None = None
 
@@ -60,7 +61,7 @@ _NAMES = tuple(field.name for field in dataclasses.fields(Options))
 #: Options of ``"alpha-crown"`` alone.
 ASCENT = ("iterations", "learning_rate", "alpha", "intermediate", "threshold")
 #: Options of groups of neurons, of ``"krelu"``.
-JOINT = ("k", "ns", "s", "cover", "least", "rows", "cut_rate", "cuts")
+JOINT = ("k", "ns", "s", "cover", "least", "rows", "cut_rate", "directions", "cuts")
 #: Which methods take an option; all where it is not listed.
 TAKEN_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ASCENT, ("alpha-crown", "krelu", "lp")),
@@ -120,7 +121,7 @@ def parse(
 
 def _check_joint(options: Options) -> None:
     check_selection(options.k, options.ns, options.s, options.cover)
-    for name, least in (("least", 0), ("rows", 0), ("cut_rate", 0)):
+    for name, least in (("least", 0), ("rows", 0), ("cut_rate", 0), ("directions", 0)):
         value = getattr(options, name)
         if not _is_number(value) or not least <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
