@@ -20,6 +20,7 @@ SUBJECTS = {
     "relaxation": "benchmarks.bench_relaxation",
     "lipschitz": "benchmarks.bench_lipschitz",
     "krelu_hull": "benchmarks.bench_krelu_hull",
+    "krelu": "benchmarks.bench_krelu",
     "paradox": "benchmarks.paradox",
     "compat": "benchmarks.compat",
     "tightness": "benchmarks.compat_tightness",

@@ -314,6 +314,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
            py::arg("return_linear"), py::arg("fast"), py::arg("memory"), py::arg("training"), py::arg("iterations"),
            py::arg("learning_rate"), py::arg("shared"), py::arg("intermediate"), py::arg("threshold"))
       .def_readwrite("flat_pools", &Options::flat_pools)
+      .def("set_rates",
+           [](Options& o, double decay, double cut_rate) {
+             o.ascent.decay = decay;
+             o.ascent.cut_rate = cut_rate;
+           })
+      .def("set_cuts",
+           [](Options& o, const std::unordered_map<int64_t, std::array<at::Tensor, 4>>& cuts) {
+             for (const auto& [activation, c] : cuts) o.cuts[activation] = {c[0], c[1], c[2], c[3]};
+           })
+      .def("set_first",
+           [](Options& o, engine::Tables slopes, engine::Tables multipliers) {
+             o.first_slopes = std::move(slopes);
+             o.first_multipliers = std::move(multipliers);
+           })
       .def("set_boxes",
            [](Options& o, std::unordered_map<int64_t, Box> given, std::unordered_map<int64_t, Box> reference) {
              o.given = std::move(given);

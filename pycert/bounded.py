@@ -20,6 +20,9 @@ from pycert.regions import Box, LpBall, Region
 #: Numbers of the engine's methods; fastlin is crown with parallel slopes, alpha-crown the method its
 #: intermediate bounds are of, with an ascent.
 _ENGINE_METHODS = {"ibp": 0, "crown-ibp": 1, "crown": 2, "fastlin": 2, "alpha-crown": 2, "forward": 3}
+_FALL = 0.05  # of the rate over all steps of an ascent with cuts
+#: With constraints on groups of neurons (:mod:`pycert.krelu`).
+JOINT_METHODS = ("krelu", "lp")
 #: Bounds that a caller vouches for, by node number: values taken as they are, and values to intersect with.
 Boxes = tuple[dict[int, tuple[Tensor, Tensor]], dict[int, tuple[Tensor, Tensor]]]
 
@@ -154,7 +157,9 @@ class BoundedModule(nn.Module):
                 relaxations), ``"fastlin"`` and ``"crown"`` (back-substitution for every layer; parallel
                 or adaptive slopes), ``"alpha-crown"`` (crown with lower slopes optimised for these bounds),
                 ``"forward"`` (linear functions of the input propagated forward; for few inputs),
-                ``"lipschitz"`` (the value at the centre and local Lipschitz constants; docs/lipschitz.md).
+                ``"lipschitz"`` (the value at the centre and local Lipschitz constants; docs/lipschitz.md),
+                ``"krelu"`` (alpha-crown with constraints on groups of neurons; docs/krelu.md), ``"lp"``
+                (linear programs with triangles, and such constraints where ``rows`` is not 0).
             spec: ``[S, n_out]`` or ``[B, S, n_out]``, rows to bound instead of the outputs.
             return_linear: also return the linear functions of the input behind the bounds.
             side: ``"both"``, ``"lower"`` or ``"upper"``; what is not asked for is not computed.
@@ -167,14 +172,24 @@ class BoundedModule(nn.Module):
             memory: budget for the rows of one chunk, as ``"2GiB"``; by default a quarter of what is free.
             pooling: upper line of a max-pooling that no element decides: ``"adaptive"``, the better one at the
                 centre, or ``"constant"``, the largest upper bound, as other tools have it.
-            iterations: of ``"alpha-crown"``: gradient steps, by default 20; 0 gives the bounds of crown.
+            iterations: of ``"alpha-crown"``: gradient steps, by default 20 (``"krelu"``: 60); 0 gives the bounds
+                of crown.
             learning_rate: of ``"alpha-crown"``: of its first step, by default 0.5; falls by 2 % a step.
             alpha: of ``"alpha-crown"``: ``"per spec"``, lower slopes of its own for every bound, or
                 ``"shared"``, for all lower and for all upper bounds of a sample.
             intermediate: of ``"alpha-crown"``: the method of the intermediate bounds, ``"crown"``,
-                ``"crown-ibp"`` (intervals) or ``"alpha-crown"``, which optimises them too.
+                ``"crown-ibp"`` (intervals) or ``"alpha-crown"``, which optimises them too; of ``"krelu"``
+                also ``"krelu"``, which lets constraints on earlier layers tighten them.
             threshold: of ``"alpha-crown"``: a lower bound above it and an upper bound below it are good
                 enough and optimised no further; by default all are.
+            k, ns, s, cover, least: of ``"krelu"``: groups of ``k`` neurons, 3; see
+                :func:`pycert.krelu.select_groups`.
+            rows: of ``"krelu"`` and ``"lp"``: how many constraints a group has at most, 12 and 0.
+            time_limit: of ``"lp"``: seconds of a sample; what is not solved then keeps the bound of alpha-crown.
+            cut_rate: of ``"krelu"``: the first step of multipliers, in units of a coefficient's usual size, 0.1.
+            directions: of ``"krelu"`` and ``"lp"``: steps of ascent for every sum and difference of neurons that the
+                constraints rest on, 0 (crown).
+            cuts: of ``"krelu"``: a :class:`pycert.krelu.CutSet` of more constraints.
 
         Returns:
             ``Bounds``, with ``lower`` and ``upper`` of shape ``[B, *out]``, or ``[B, S]`` with a ``spec``,
@@ -198,7 +213,23 @@ class BoundedModule(nn.Module):
         rows = None if spec is None else self._spec(spec, batch, regions[0][0])
         if method == "lipschitz":
             return self._lipschitz(region, rows, parsed, return_linear)
+        if method in JOINT_METHODS:
+            return self._joint(regions, rows, method, parsed, return_linear)
         return self._bound(regions, rows, method, parsed, return_linear)
+
+    def _joint(
+        self,
+        regions: list[Any],
+        rows: tuple[Tensor, Tensor | None, int] | None,
+        method: str,
+        parsed: Options,
+        return_linear: bool = False,
+    ) -> Bounds:
+        """Bounds with constraints on groups of neurons."""
+        from pycert import _lp, krelu  # they need this module
+
+        module = _lp if method == "lp" else krelu
+        return module.bound_rows(self, regions, rows, parsed, return_linear)
 
     def _lipschitz(
         self,
@@ -242,9 +273,21 @@ class BoundedModule(nn.Module):
         parsed: Options,
         return_linear: bool = False,
         boxes: Boxes | None = None,
+        cuts: Any = None,
+        first: tuple[dict[int, Tensor], dict[int, Tensor]] | None = None,
     ) -> Bounds:
+        """One call of the engine.
+
+        ``cuts``: a ``CutSet``; ``first``: lower slopes and multipliers of cuts, by activation, ``[rows, ...]``, to
+        start the ascent with (lower bounds of all rows, then upper ones).
+        """
         tensors = self._tensors()
         native = self._native(method, parsed, return_linear, regions[0][0].device, boxes)
+        if cuts is not None:
+            native.set_rates(_FALL ** (1 / max(1, parsed.iterations)), parsed.cut_rate)
+            native.set_cuts(cuts._for_engine(len(regions[0][0]), regions[0][0]))
+        if first is not None:
+            native.set_first(*first)
         lower, upper, A_lower, c_lower, A_upper, c_upper = self._program.bound(tensors, regions, native, rows)
         for value in (lower, upper):
             if value is not None and not math.isfinite(value.detach().sum().item()):
@@ -293,12 +336,17 @@ class BoundedModule(nn.Module):
         """
         parsed = parse(method, options, ("method",), without=("side", "intermediate", "threshold"))
         parsed = dataclasses.replace(parsed, intermediate=method if method in INTERMEDIATES else "crown")
-        if method in ("forward", "lipschitz"):
+        if method in ("forward", "lipschitz", "lp"):
             raise ValueError(
                 f"layer_bounds: method {method!r} is not supported; use 'ibp', 'crown-ibp' or 'crown'"
             )
         regions, _ = self._regions(region)
-        found = self._layer_boxes(regions, method, parsed)
+        if method in JOINT_METHODS:
+            from pycert import krelu  # it needs this module
+
+            found = krelu.known_boxes(self, regions, dataclasses.replace(parsed, intermediate=method))[0]
+        else:
+            found = self._layer_boxes(regions, method, parsed)
         excludes = self._excludes(parsed.soundness, regions[0][0])
         return {
             self.graph.nodes[i].path or f"node{i}": Bounds(lower, upper, None, parsed.soundness, excludes)
@@ -333,8 +381,8 @@ class BoundedModule(nn.Module):
             within a factor of two on the networks of benchmarks/bench_estimate.py.
         """
         parsed = parse(method, options, ("method", "spec"))
-        if method == "lipschitz":
-            raise ValueError("estimate: method 'lipschitz' is not supported")
+        if method in ("lipschitz", *JOINT_METHODS):
+            raise ValueError(f"estimate: method {method!r} is not supported")
         regions, batch = self._regions(region)
         rows = None if spec is None else self._spec(spec, batch, regions[0][0])
         size, flops = self._program.estimate(
@@ -545,6 +593,8 @@ def margins(
     rows = bm._class_rows(y, batch, regions[0][0])
     if method == "lipschitz":
         lower = bm._lipschitz(region, rows, parsed).lower
+    elif method in JOINT_METHODS:
+        lower = bm._joint(regions, rows, method, parsed).lower
     else:
         lower = bm._bound(regions, rows, method, parsed).lower
     assert lower is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pycert import _flags
 from pycert.bounded import BoundedModule, margins
-from pycert.options import ASCENT, parse
+from pycert.options import TAKEN_BY, parse
 from pycert.regions import LpBall
 
 #: Cheaper methods that are tried before each method, for the samples still undecided.
@@ -24,6 +24,8 @@ CASCADES = {
     "alpha-crown": ("ibp", "crown-ibp", "crown", "alpha-crown"),
     "forward": ("ibp", "forward"),
     "lipschitz": ("ibp", "lipschitz"),
+    "krelu": ("ibp", "crown-ibp", "crown", "alpha-crown", "krelu"),
+    "lp": ("ibp", "crown-ibp", "crown", "alpha-crown", "lp"),
 }
 
 
@@ -94,7 +96,7 @@ def certify(
         scores = torch.cat([bm.net(part).flatten(1) for part in x.split(batch_size)])
         correct = scores.argmax(1) == y.to(x.device)
         stages = CASCADES[method] if cascade else (method,)
-        common = {name: value for name, value in options.items() if name not in ASCENT}
+        common = {name: value for name, value in options.items() if name not in TAKEN_BY}
         open_samples = correct.nonzero().flatten() if cascade else torch.arange(region.batch, device=x.device)
         for stage in stages:
             for part in open_samples.split(batch_size):

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pycert.bounded import BoundedModule
-from pycert.graph.ir import Constant, Graph, Node
-from pycert.ops.krelu import DEFAULT_ROWS, krelu_hull, octahedral_directions
+from pycert._groups import select_groups, sparse_cover
+from pycert.graph.ir import ACTIVATIONS, Graph
+from pycert.ops.krelu import krelu_hull, octahedral_directions
+from pycert.options import Options, parse
 from pycert.regions import Region
+
+if TYPE_CHECKING:
+    from pycert.bounded import BoundedModule, Bounds
+
+#: Bounds by node number.
+Boxes = dict[int, tuple[Tensor, Tensor]]
+#: Rows to bound: a table, the table's row of every (sample, spec) or None, and how many a sample has.
+Rows = tuple[Tensor, Tensor | None, int]
+_TABLE_BYTES = 1 << 26  # of directions that are bounded at once
 
 
 class Octahedra(NamedTuple):
@@ -35,7 +44,7 @@ def octahedral_bounds(
         bm: the network.
         region: a batch of ``B``.
         layer: the layer whose outputs are the neurons: a key of :meth:`BoundedModule.layer_bounds`.
-        groups: ``[G, k]`` int64, neurons of each group by flat number, ``k`` from 1 to 4.
+        groups: ``[G, k]`` or ``[B, G, k]`` int64, neurons of each group by flat number, ``k`` from 1 to 4.
         method, options: as in :meth:`BoundedModule.bound`, without ``spec`` and ``side``.
 
     Returns:
@@ -49,285 +58,414 @@ def octahedral_bounds(
     Source: Singh et al., "Beyond the Single Neuron Convex Barrier for Neural Network Certification", NeurIPS
     2019, section 4.
     """
-    node = _node_of(bm, layer)
+    node = _node_of(bm.graph, layer)
     width = bm.graph.numel(node)
-    if groups.dim() != 2 or groups.dtype != torch.int64:
-        raise ValueError(f"groups must be [G, k] of int64, got {list(groups.shape)} of {groups.dtype}")
+    if groups.dim() not in (2, 3) or groups.dtype != torch.int64:
+        raise ValueError(
+            f"groups must be [G, k] or [B, G, k] of int64, got {list(groups.shape)} of {groups.dtype}"
+        )
+    if groups.dim() == 3 and len(groups) != region.batch:
+        raise ValueError(f"groups must have the region's batch of {region.batch}, got {list(groups.shape)}")
     if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < width:
         raise ValueError(f"groups must hold neurons 0 to {width - 1} of {layer!r}")
-    k = groups.shape[1]
-    like = region.lower
-    directions = octahedral_directions(k, like.dtype)
+    parsed = parse(method, options, ("method",), without=("side",))
+    regions, _ = bm._regions(region)
+    return _octahedra(
+        bm, regions, node, groups.expand(region.batch, *groups.shape[-2:]), method, parsed, None
+    )
+
+
+def _octahedra(
+    bm: BoundedModule,
+    regions: list[Any],
+    node: int,
+    groups: Tensor,
+    method: str,
+    parsed: Options,
+    boxes: Boxes | None,
+) -> Octahedra:
+    """``octahedral_bounds`` of groups ``[B, G, k]``, with boxes that are known already."""
+    batch, count, k = groups.shape
+    like = regions[0][0]
+    directions = octahedral_directions(k, like.dtype).to(like.device)
     half = directions[len(directions) // 2 :]  # the others are the negatives, in reverse order
-    rows: dict[tuple[tuple[int, float], ...], int] = {}
-    numbers = torch.tensor(
-        [
-            [
-                rows.setdefault(
-                    tuple(sorted((n, s) for n, s in zip(group, c, strict=True) if s != 0)), len(rows)
-                )
-                for c in half.tolist()
-            ]
-            for group in groups.tolist()
-        ],
-        dtype=torch.int64,
-    ).reshape(len(groups), len(half))
-    spec = like.new_zeros(max(len(rows), 1), width)
-    for key, number in rows.items():
-        for neuron, sign in key:
-            spec[number, neuron] += sign
-    found = _truncated(bm, node).bound(region, method, spec=spec, **options)
-    assert found.lower is not None and found.upper is not None
-    up, down = found.upper.detach()[:, numbers], found.lower.detach()[:, numbers]  # [B, G, half]
+    table, number = _shared_rows(groups, half.long())  # [B, S, k] codes, [B, G, half]
+    size = table.shape[1]
+    width = bm.graph.numel(node)
+    up, down = like.new_empty(batch, size), like.new_empty(batch, size)
+    part = _truncated(bm, node)
+    chosen = dataclasses.replace(parsed, side="both")
+    step = max(1, _TABLE_BYTES // (batch * (width + 1) * like.element_size()))
+    for begin in range(0, size, step):
+        codes = table[:, begin : begin + step].reshape(-1, k)
+        spec = like.new_zeros(len(codes), width + 1)  # the last column takes what stands for nothing
+        sign = torch.where(codes > 0, 1.0, -1.0).to(like.dtype)
+        spec.scatter_add_(1, torch.where(codes == 0, width, codes.abs() - 1), sign)
+        rows = (spec[:, :width].contiguous(), None, len(codes) // batch)
+        given: tuple[Boxes, Boxes] | None = None if boxes is None else (_before(boxes, node), {})
+        found = part._bound(regions, rows, method, chosen, boxes=given)
+        assert found.lower is not None and found.upper is not None
+        up[:, begin : begin + step] = found.upper.detach()
+        down[:, begin : begin + step] = found.lower.detach()
+    flat = number.reshape(batch, -1)
+    up, down = (t.gather(1, flat).view(batch, count, -1) for t in (up, down))
     b = torch.cat([-down.flip(-1), up], dim=-1)
-    unit = torch.eye(k, dtype=like.dtype)
-    at = [int((half == e).all(1).nonzero()) for e in unit]
+    at = [int((half == e).all(1).nonzero()) for e in torch.eye(k, dtype=like.dtype, device=like.device)]
     A = (-directions).expand(*b.shape, k)
     return Octahedra(down[..., at], up[..., at], A, b)
 
 
-def select_groups(
-    lower: Tensor, upper: Tensor, k: int = 3, ns: int = 100, s: int = 1, least: float = 0.0
-) -> Tensor:
-    """Groups of unstable neurons: a sliding window over those of largest area.
+def _shared_rows(groups: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Every direction of every group once.
 
     Args:
-        lower, upper: ``[n]``, bounds of the pre-activations of one sample.
-        k: neurons in a group.
-        ns: how many neurons are grouped, those with the largest ``-lower * upper``.
-        s: neurons that neighbouring windows share, less than ``k``.
-        least: neurons of smaller area are left alone.
+        groups: ``[B, G, k]``. half: ``[H, k]``, directions of which none is another's negative.
 
     Returns:
-        ``[G, k]`` int64; empty where fewer than ``k`` neurons are unstable.
-
-    Raises:
-        ValueError: ``k`` or ``s`` out of range.
-
-    Source: the area rule of Singh et al. 2019; the window of Ma et al. (WraLU), POPL 2024.
+        ``[B, S, k]``, the directions of each sample: ``neuron + 1`` with the sign, 0 for none; and
+        ``[B, G, H]``, which of them a group's direction is. A sample's spare directions are of zeros.
     """
-    if k not in DEFAULT_ROWS or not 0 <= s < k:
-        raise ValueError(f"select_groups: k must be 1 to 4 and s from 0 to k - 1, got k = {k}, s = {s}")
-    area = torch.where((lower < 0) & (upper > 0), -lower * upper, lower.new_zeros(()))
-    order = area.argsort(descending=True, stable=True)
-    order = order[area[order] > least][:ns]
-    if len(order) < k:
-        return order.new_empty(0, k)
-    starts = torch.arange(0, len(order) - k + 1, k - s)
-    return order[starts[:, None] + torch.arange(k)]
+    batch, count, k = groups.shape
+    codes = (groups.unsqueeze(2) + 1) * half  # [B, G, H, k]
+    order = codes.abs().argsort(dim=-1)
+    codes = codes.gather(-1, order).reshape(batch, -1, k)
+    tables, numbers = [], []
+    for of_sample in codes:
+        table, number = torch.unique(of_sample, dim=0, return_inverse=True)
+        tables.append(table)
+        numbers.append(number)
+    size = max(len(t) for t in tables)
+    padded = torch.stack([torch.cat([t, t.new_zeros(size - len(t), k)]) for t in tables])
+    return padded, torch.stack(numbers).view(batch, count, len(half))
 
 
 @dataclasses.dataclass
 class Cuts:
-    """Rows ``P_c + P_x z + P_y relu(z) >= 0`` at one layer of one sample; ``[R]`` and ``[R, n]``, float64."""
+    """Rows ``P_c + P_x z[index] + P_y relu(z)[index] >= 0`` over one layer's outputs ``z``.
+
+    ``index``, ``P_x`` and ``P_y`` are ``[B, R, k]``, ``P_c`` is ``[B, R]``; spare rows are zero.
+    """
 
     layer: str
+    index: Tensor
     P_x: Tensor
     P_y: Tensor
     P_c: Tensor
-    largest: Tensor  # [n]: of |z|
+
+    def rows_of(self, sample: int) -> Cuts:
+        """Those of one sample, without spare rows."""
+        used = (self.P_x[sample] != 0).any(1) | (self.P_y[sample] != 0).any(1)
+        return Cuts(self.layer, *(t[sample][used][None] for t in (self.index, self.P_x, self.P_y, self.P_c)))
 
 
-def hull_cuts(
-    bm: BoundedModule,
-    region: Region,
-    *,
-    k: int = 3,
-    ns: int = 100,
-    s: int = 1,
-    max_rows: int = 16,
-    layers: tuple[str, ...] | None = None,
-    **options: Any,
-) -> list[Cuts]:
-    """The hulls of groups of neurons before every ReLU, as rows over whole layers.
+class CutSet:
+    """Linear constraints on a network's layers, for ``method="krelu"`` and ``"lp"``.
+
+    Whatever holds for every execution over the region may be added: rows of hulls of groups, general
+    cutting planes, the two halves of a split neuron (the bound then holds for that half).
+    """
+
+    def __init__(self, bm: BoundedModule) -> None:
+        self.bm = bm
+        self.cuts: dict[int, Cuts] = {}  # by number of the activation
+
+    def add_cuts(
+        self, layer: str, P_y: Tensor, P_x: Tensor, P_c: Tensor, index: Tensor | None = None
+    ) -> None:
+        """Adds rows ``P_c + P_x z + P_y activation(z) >= 0`` over the outputs ``z`` of a layer.
+
+        Args:
+            layer: a key of :meth:`BoundedModule.layer_bounds` in front of an elementwise activation.
+            P_y, P_x: ``[R, n]`` or ``[B, R, n]`` over the flattened layer; with ``index`` ``[R, k]`` or
+                ``[B, R, k]``, over k neurons of each row. Stored by their nonzero elements.
+            P_c: ``[R]`` or ``[B, R]``.
+            index: like ``P_y``, int64: which neurons.
+
+        Raises:
+            ValueError: no activation reads the layer; shapes do not fit; NaN or infinite numbers; an index
+                out of range.
+            TypeError: the dtypes differ.
+
+        Soundness: the caller vouches for the rows; whatever multipliers they get, the bounds then hold.
+        Source: the dual of Mueller et al. (PRIMA), POPL 2022; for cutting planes in general Zhang et al.
+        (GCP-CROWN), NeurIPS 2022.
+        """
+        activation, value = _activation_of(self.bm.graph, layer)
+        width = self.bm.graph.numel(value)
+        if P_y.dim() not in (2, 3) or P_x.shape != P_y.shape or P_c.shape != P_y.shape[:-1]:
+            shapes = ", ".join(str(list(t.shape)) for t in (P_y, P_x, P_c))
+            raise ValueError(f"add_cuts: P_y, P_x, P_c must be [R, n], [R, n], [R], got {shapes}")
+        if not P_y.dtype == P_x.dtype == P_c.dtype or not P_y.dtype.is_floating_point:
+            raise TypeError(f"add_cuts: dtypes must be equal, got {P_y.dtype}, {P_x.dtype}, {P_c.dtype}")
+        if not all(bool(torch.isfinite(t).all()) for t in (P_y, P_x, P_c)):
+            raise ValueError("add_cuts: rows must be finite, got NaN or infinite numbers")
+        if index is None:
+            if P_y.shape[-1] != width:
+                raise ValueError(f"add_cuts: {layer!r} has {width} neurons, got rows of {P_y.shape[-1]}")
+            P_y, P_x, index = _nonzero(P_y.detach(), P_x.detach())
+        elif index.shape != P_y.shape or index.dtype != torch.int64:
+            raise ValueError(f"add_cuts: index must be {list(P_y.shape)} of int64, got {list(index.shape)}")
+        elif index.numel() and not 0 <= int(index.min()) <= int(index.max()) < width:
+            raise ValueError(f"add_cuts: index must hold neurons 0 to {width - 1} of {layer!r}")
+        parts = [
+            t.detach() if t.dim() == d else t.detach()[None]
+            for t, d in ((index, 3), (P_x, 3), (P_y, 3), (P_c, 2))
+        ]
+        new = Cuts(layer, *parts)
+        self.cuts[activation] = _joined(self.cuts[activation], new) if activation in self.cuts else new
+
+    @property
+    def count(self) -> int:
+        """Rows in all, spare ones included."""
+        return sum(cuts.P_c.shape[1] for cuts in self.cuts.values())
+
+    def _for_engine(self, batch: int, like: Tensor) -> dict[int, tuple[Tensor, ...]]:
+        found = {}
+        for activation, cuts in self.cuts.items():
+            if cuts.P_c.shape[0] not in (1, batch):
+                raise ValueError(f"cuts: rows are of a batch of {cuts.P_c.shape[0]}, the region's is {batch}")
+            if cuts.P_c.dtype != like.dtype or cuts.P_c.device != like.device:
+                raise TypeError(
+                    f"cuts must have the dtype and device of the region ({like.dtype}, {like.device}), got "
+                    f"{cuts.P_c.dtype}, {cuts.P_c.device}"
+                )
+            found[activation] = tuple(
+                t.expand(batch, *t.shape[1:]).contiguous() for t in (cuts.index, cuts.P_x, cuts.P_y, cuts.P_c)
+            )
+        return found
+
+    def _with(self, other: CutSet) -> CutSet:
+        both = CutSet(self.bm)
+        both.cuts = dict(self.cuts)
+        for activation, cuts in other.cuts.items():
+            both.cuts[activation] = _joined(both.cuts[activation], cuts) if activation in both.cuts else cuts
+        return both
+
+
+def _nonzero(P_y: Tensor, P_x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense rows by their nonzero elements: ``P_y``, ``P_x`` and ``index``, each ``[..., R, k]``."""
+    used = (P_y != 0) | (P_x != 0)
+    k = max(1, int(used.sum(-1).max())) if used.numel() else 1
+    index = used.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :k].contiguous()
+    return P_y.gather(-1, index), P_x.gather(-1, index), index
+
+
+def _joined(a: Cuts, b: Cuts) -> Cuts:
+    """Rows of both, filled up to the same width and batch."""
+    batch, k = max(len(a.index), len(b.index)), max(a.index.shape[2], b.index.shape[2])
+
+    def fill(t: Tensor) -> Tensor:
+        if t.dim() == 3:
+            t = torch.nn.functional.pad(t, (0, k - t.shape[2]))
+        return t.expand(batch, *t.shape[1:])
+
+    pairs = ((getattr(a, name), getattr(b, name)) for name in ("index", "P_x", "P_y", "P_c"))
+    return Cuts(a.layer, *(torch.cat([fill(x), fill(y)], dim=1) for x, y in pairs))
+
+
+def hull_cuts(bm: BoundedModule, region: Region, **options: Any) -> CutSet:
+    """The hulls of groups of neurons before every ReLU, as rows over these neurons.
 
     Args:
         bm: the network.
-        region: a batch of 1.
-        k, ns, s: as in :func:`select_groups`.
-        max_rows: as in :func:`pycert.ops.krelu_hull`, for each group.
-        layers: the layers to take; all in front of a ReLU unless given.
-        options: of ``method="crown"``, whose bounds the octahedra are.
+        region: a batch of ``B``.
+        options: of ``method="krelu"``: ``k, ns, s, cover, least, rows`` choose the groups and how many rows a
+            group has at most, ``intermediate`` the bounds that they rest on.
 
     Returns:
-        One ``Cuts`` for each layer that has groups.
+        ``CutSet`` with rows of every layer that has groups.
 
     Raises:
-        ValueError: the batch is not 1; as in ``octahedral_bounds``.
+        ValueError: as in :meth:`BoundedModule.bound`.
 
     Soundness: that of the bounds; the rows themselves are outward rounded.
     """
-    if region.batch != 1:
-        raise ValueError(f"hull_cuts: the region must be a batch of 1, got {region.batch}")
-    bounds = bm.layer_bounds(region, method="crown", **options)
-    known = {_name(bm.graph, n.inputs[0]) for n in bm.graph.nodes if n.op == "relu"}
-    cuts = []
-    for layer in known & set(bounds) if layers is None else layers:
-        lower, upper = (t.detach().flatten() for t in (bounds[layer].lower, bounds[layer].upper))  # type: ignore[union-attr]
-        groups = select_groups(lower, upper, k, ns, s)
-        if len(groups) == 0:
-            continue
-        octahedra = octahedral_bounds(bm, region, layer, groups, **options)
-        rows, count = krelu_hull(*(t[0].contiguous() for t in octahedra), max_rows=max_rows)
-        kept = torch.arange(rows.shape[1])[None, :] < count[:, None]
-        chosen = rows[kept].double()
-        members = groups[:, None, :].expand(-1, rows.shape[1], -1)[kept]
-        wide = torch.zeros(len(chosen), len(lower), dtype=torch.float64)
-        P_x = wide.scatter(1, members, chosen[:, 1 : 1 + k])
-        P_y = wide.scatter(1, members, chosen[:, 1 + k :])
-        largest = torch.maximum(-lower, upper).double()
-        cuts.append(Cuts(layer, P_x, P_y, chosen[:, 0], largest))
-    return sorted(cuts, key=lambda c: _node_of(bm, c.layer))
+    parsed = parse("krelu", options, ("method",), without=("side",))
+    regions, _ = bm._regions(region)
+    _, cuts = known_boxes(bm, regions, parsed)
+    return cuts
 
 
-class CutModule:
-    """A network whose outputs are ``spec @ f(x)`` less nonnegative combinations of cuts.
+def _layer_cuts(
+    bm: BoundedModule, regions: list[Any], node: int, boxes: Boxes, parsed: Options
+) -> Cuts | None:
+    """Rows of the hulls of groups at one layer, None where no sample has groups."""
+    if parsed.rows == 0:
+        return None
+    lower, upper = (t.detach().flatten(1) for t in boxes[node])
+    batch = len(lower)
+    chosen = [
+        select_groups(lo, up, parsed.k, parsed.ns, parsed.s, parsed.least, parsed.cover)
+        for lo, up in zip(lower, upper, strict=True)
+    ]
+    size = max(len(g) for g in chosen)
+    if size == 0:
+        return None
+    device = lower.device
+    real = torch.arange(size, device=device) < torch.tensor([len(g) for g in chosen], device=device)[:, None]
+    groups = torch.zeros(batch, size, parsed.k, dtype=torch.int64, device=device)
+    groups[real] = torch.cat(chosen).sort(dim=1).values
+    plain = _bare(parsed)
+    method = "crown"
+    if parsed.directions > 0 and len(boxes) > 1:
+        method, plain = "alpha-crown", dataclasses.replace(plain, iterations=parsed.directions)
+    octahedra = _octahedra(bm, regions, node, groups, method, plain, boxes)
+    flat = [t[real].contiguous() for t in octahedra]
+    lo, up = (t.gather(1, groups.flatten(1)).view(groups.shape)[real] for t in (lower, upper))
+    flat[0], flat[1] = torch.maximum(flat[0], lo), torch.minimum(flat[1], up)
+    found, _ = _hulls(flat[0], flat[1], flat[2], flat[3], parsed.rows)
+    k = parsed.k
+    a, c = found[..., 1 : 1 + k], found[..., 1 + k :]
+    joint = (c != 0).any(-1) & (((a != 0) | (c != 0)).sum(-1) > 1)
+    found = found * joint.unsqueeze(-1)
+    order = joint.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    found = found.gather(1, order.unsqueeze(-1).expand_as(found))[:, : max(1, int(joint.sum(1).max()))]
+    rows = found.new_zeros(batch, size, *found.shape[1:])
+    rows[real] = found
+    index = groups.unsqueeze(2).expand(batch, size, rows.shape[2], k).reshape(batch, -1, k)
+    rows = rows.flatten(1, 2)
+    keep = (rows != 0).any(-1).any(0)
+    parts = (index, rows[..., 1 : 1 + k], rows[..., 1 + k :], rows[..., 0])
+    return Cuts(_name(bm.graph, node), *(t[:, keep].contiguous() for t in parts))
 
-    A cut is nonnegative on every execution, so a lower bound of the difference is one of ``spec @ f(x)``, whatever the
-    multipliers are. The engine bounds the difference as it bounds any network, and so accounts for its rounding.
+
+def _hulls(lower: Tensor, upper: Tensor, A: Tensor, b: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """``krelu_hull``, on the processor where the device has no kernel for it."""
+    on_cpu = lower.is_cuda and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "pycert::krelu_hull", "CUDA"
+    )
+    if on_cpu:
+        found, count = krelu_hull(lower.cpu(), upper.cpu(), A.cpu(), b.cpu(), max_rows=rows)
+        return found.to(lower.device), count.to(lower.device)
+    return krelu_hull(lower, upper, A, b, max_rows=rows)
+
+
+def _bare(parsed: Options) -> Options:
+    """What a helping call of ``crown`` takes over."""
+    names = ("slope", "intersect", "soundness", "precision", "memory", "pooling")
+    return Options(**{name: getattr(parsed, name) for name in names})
+
+
+# ---- intermediate bounds ----------------------------------------------------------------------
+
+
+def known_boxes(bm: BoundedModule, regions: list[Any], parsed: Options) -> tuple[Boxes, CutSet]:
+    """Bounds of all pre-activations, by node number, and the rows of the hulls there.
+
+    With ``intermediate="krelu"`` the rows of earlier layers tighten the bounds of later ones.
     """
-
-    def __init__(self, bm: BoundedModule, spec: Tensor) -> None:
-        graph = bm.graph
-        self.spec = spec
-        self.nodes = list(graph.nodes)
-        self.slots = list(graph.slots)
-        self.cuts: list[Cuts] = []
-        self.weights: list[tuple[Constant, Constant, Constant]] = []
-        self.bm, self.output = bm, self._linear(graph.output, Constant(spec, "spec"), None)
-
-    def _linear(self, node: int, weight: Constant, bias: Constant | None) -> int:
-        shape = self.nodes[node].shape
-        if len(shape) != 1:
-            self.nodes.append(Node("reshape", (node,), (math.prod(shape),)))
-            node = len(self.nodes) - 1
-        self.slots += [weight] if bias is None else [weight, bias]
-        first = len(self.slots) - (1 if bias is None else 2)
-        params = (first, -1 if bias is None else first + 1)
-        self.nodes.append(Node("linear", (node,), (len(self.spec),), params))
-        return len(self.nodes) - 1
-
-    def _add(self, a: int, b: int) -> int:
-        self.nodes.append(Node("add", (a, b), (len(self.spec),), attrs={"sign": 1}))
-        return len(self.nodes) - 1
-
-    def add_cuts(self, layer: str, P_y: Tensor, P_x: Tensor, P_c: Tensor, largest: Tensor) -> None:
-        """Adds rows ``P_c + P_x z + P_y relu(z) >= 0`` over the outputs ``z`` of a layer with ``|z| <= largest``.
-
-        Args:
-            layer: a key of :meth:`BoundedModule.layer_bounds` in front of a ReLU.
-            P_y, P_x: ``[R, n]`` float64. P_c: ``[R]`` float64.
-            largest: ``[n]`` float64.
-
-        Raises:
-            ValueError: no ReLU reads the layer.
-        """
-        before = _node_of(self.bm, layer)
-        after = [i for i, n in enumerate(self.bm.graph.nodes) if n.op == "relu" and n.inputs[0] == before]
-        if not after:
-            raise ValueError(f"add_cuts: no ReLU reads {layer!r}")
-        weights = tuple(Constant(self.spec, f"cuts of {layer}") for _ in range(3))
-        term = self._linear(before, weights[0], weights[2])
-        self.output = self._add(self._add(self.output, term), self._linear(after[0], weights[1], None))
-        self.cuts.append(Cuts(layer, P_x, P_y, P_c, largest))
-        self.weights.append(weights)  # type: ignore[arg-type]
-
-    def module(self) -> BoundedModule:
-        return _over(
-            self.bm,
-            dataclasses.replace(self.bm.graph, nodes=self.nodes, slots=self.slots, output=self.output),
-        )
-
-    def set_multipliers(self, multipliers: list[Tensor]) -> None:
-        """Takes multipliers ``[S, R]``, float64 and nonnegative, one tensor for each call of ``add_cuts``.
-
-        The combination is rounded to the network's dtype; what that moves it by over the box, and what the
-        sums err (R + 8 roundings), is added to its constant.
-        """
-        dtype = self.spec.dtype
-        for rho, cut, (P_x, P_y, P_c) in zip(multipliers, self.cuts, self.weights, strict=True):
-            unit = 2.0**-52 * (rho.shape[1] + 8)
-            constant = rho @ cut.P_c
+    relus = {n.inputs[0] for n in bm.graph.nodes if n.op == "relu"}
+    tighten = parsed.intermediate == "krelu"
+    base = "crown" if tighten else parsed.intermediate
+    plain = dataclasses.replace(_bare(parsed), iterations=20, learning_rate=parsed.learning_rate)
+    boxes = bm._layer_boxes(regions, base, dataclasses.replace(plain, intermediate=base))
+    cuts = CutSet(bm)
+    given: Boxes = {}
+    for node in sorted(boxes):
+        if tighten and given:
+            boxes[node] = _tightened(bm, regions, node, boxes[node], given, cuts, parsed)
+        given[node] = boxes[node]
+        if node in relus:
             with torch.no_grad():
-                slack = unit * (rho @ cut.P_c.abs())
-            for given, slot in ((cut.P_x, P_x), (cut.P_y, P_y)):
-                combined = rho @ given
-                slot.tensor = -combined.to(dtype)
-                with torch.no_grad():
-                    moved = (combined + slot.tensor.double()).abs() + unit * (rho @ given.abs())
-                    slack = slack + moved @ cut.largest
-            with torch.no_grad():
-                slack = slack * (1 + 1e-9) + torch.finfo(dtype).eps * (constant.abs() + slack) + 1e-300
-            P_c.tensor = -(constant + slack).to(dtype)
+                found = _layer_cuts(bm, regions, node, given, parsed)
+            if found is not None:
+                cuts.cuts[_activation_of(bm.graph, found.layer)[0]] = found
+    return given, cuts
 
 
-def lower_bound(
+def _tightened(
     bm: BoundedModule,
-    region: Region,
-    spec: Tensor,
-    cuts: list[Cuts],
-    *,
-    steps: int = 30,
-    learning_rate: float = 0.05,
-    soundness: str = "deployed",
-    threshold: float = math.inf,
-    **options: Any,
-) -> Tensor:
-    """Lower bounds of ``spec @ f(x)`` with multipliers for the cuts, by projected Adam.
+    regions: list[Any],
+    node: int,
+    box: tuple[Tensor, Tensor],
+    given: Boxes,
+    cuts: CutSet,
+    parsed: Options,
+) -> tuple[Tensor, Tensor]:
+    """Bounds of the neurons of one layer whose sign is open, with slopes and multipliers optimised for each."""
+    lower, upper = box[0].flatten(1), box[1].flatten(1)
+    part, table = _truncated(bm, node), torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
+    crown = part._layer_boxes(regions, "crown", _bare(parsed), boxes=(given, {})).get(node)
+    if crown is not None:
+        lower = torch.maximum(lower, crown[0].flatten(1))
+        upper = torch.minimum(upper, crown[1].flatten(1))
+    open_ones = ((lower < 0) & (upper > 0)).any(0).nonzero().flatten()
+    if len(open_ones) > 0:
+        rows = (
+            table[open_ones],
+            torch.arange(len(open_ones), device=lower.device).repeat(len(lower)),
+            len(open_ones),
+        )
+        options = dataclasses.replace(parsed, side="both", threshold=0.0, intermediate="crown")
+        found = part._bound(regions, rows, "alpha-crown", options, boxes=(given, {}), cuts=cuts)
+        assert found.lower is not None and found.upper is not None
+        lower = lower.index_copy(1, open_ones, torch.maximum(lower[:, open_ones], found.lower))
+        upper = upper.index_copy(1, open_ones, torch.minimum(upper[:, open_ones], found.upper))
+    return lower.view_as(box[0]), upper.view_as(box[1])
 
-    Args:
-        bm: the network. region: a batch of 1.
-        spec: ``[S, n_out]``.
-        cuts: as :func:`hull_cuts` finds them.
-        steps: of Adam on the multipliers; the lower slopes are optimised anew in each, by two steps of alpha-crown.
-        learning_rate: of the first step; falls to a tenth.
-        soundness: of the result; the steps themselves are in plain arithmetic.
-        threshold: stops once all bounds are above it.
-        options: of ``method="alpha-crown"``, for the final bounds.
 
-    Returns:
-        ``[S]``, never below the bounds of alpha-crown.
+# ---- the method -------------------------------------------------------------------------------
 
-    Soundness: as ``soundness`` says. Gradient: none.
-    Source: the dual of Mueller et al. (PRIMA), POPL 2022, as in Ferrari et al. (MN-BaB), ICLR 2022.
-    """
-    spec = spec.detach()
-    final = {"side": "lower", "soundness": soundness, **options}
-    plain = bm.bound(region, "alpha-crown", spec=spec, **final).lower
-    assert plain is not None
-    best = plain[0].detach()
-    if not cuts or steps == 0 or bool((best > threshold).all()):
+
+def bound_rows(
+    bm: BoundedModule, regions: list[Any], rows: Rows | None, parsed: Options, return_linear: bool
+) -> Bounds:
+    """``method="krelu"`` of :meth:`BoundedModule.bound`."""
+    boxes, cuts = known_boxes(bm, regions, parsed)
+    if parsed.cuts is not None:
+        cuts = cuts._with(parsed.cuts)
+    given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
+    return ascended(bm, regions, rows, given, boxes, cuts, return_linear)
+
+
+def ascended(
+    bm: BoundedModule,
+    regions: list[Any],
+    rows: Rows | None,
+    parsed: Options,
+    boxes: Boxes,
+    cuts: CutSet,
+    return_linear: bool,
+) -> Bounds:
+    """The better of alpha-crown and of an ascent of slopes and multipliers together, for every row."""
+    single = dataclasses.replace(parsed, iterations=min(parsed.iterations, 20))
+    best = bm._bound(regions, rows, "alpha-crown", single, return_linear, boxes=(boxes, {}))
+    if parsed.iterations == 0 or not cuts.cuts or _all_beyond(best, parsed.threshold):
         return best
-    augmented = CutModule(bm, spec)
-    for cut in cuts:
-        augmented.add_cuts(cut.layer, cut.P_y, cut.P_x, cut.P_c, cut.largest)
-    rho = [torch.zeros(len(spec), len(c.P_c), dtype=torch.float64, requires_grad=True) for c in cuts]
-    module = augmented.module()
-    optimiser = torch.optim.Adam(rho, lr=learning_rate)
-    decay = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.1 ** (1 / steps))
-    kept, found = [r.detach().clone() for r in rho], torch.full_like(best, -math.inf)
-    for _ in range(steps):
-        augmented.set_multipliers(rho)
-        value = module.bound(region, "alpha-crown", iterations=2, side="lower", soundness="none").lower
-        assert value is not None
-        better = value[0].detach() > found
-        found = torch.where(better, value[0].detach(), found)
-        for keep, r in zip(kept, rho, strict=True):
-            keep[better] = r.detach()[better]
-        if bool((torch.maximum(found, best) > threshold).all()):
-            break
-        optimiser.zero_grad()
-        (-value.sum()).backward()
-        optimiser.step()
-        decay.step()
-        with torch.no_grad():
-            for r in rho:
-                r.clamp_(min=0)
-    with torch.no_grad():
-        augmented.set_multipliers(kept)
-    proved = augmented.module().bound(region, "alpha-crown", **final).lower
-    assert proved is not None
-    return torch.maximum(best, proved[0].detach())
+    joint = bm._bound(regions, rows, "alpha-crown", parsed, return_linear, boxes=(boxes, {}), cuts=cuts)
+    return _better(best, joint)
+
+
+def _all_beyond(bounds: Bounds, threshold: float | None) -> bool:
+    """Whether every bound is good enough."""
+    if threshold is None:
+        return False
+    ends = ((bounds.lower, 1), (bounds.upper, -1))
+    return all(bool((t * sign > threshold * sign).all()) for t, sign in ends if t is not None)
+
+
+def _better(a: Bounds, b: Bounds) -> Bounds:
+    """The tighter end of every row, with its linear function."""
+    result = dataclasses.replace(a)
+    for end, sign in (("lower", 1), ("upper", -1)):
+        one, other = getattr(a, end), getattr(b, end)
+        if one is None:
+            continue
+        setattr(result, end, torch.maximum(one, other) if sign > 0 else torch.minimum(one, other))
+        if a.linear is None or b.linear is None:
+            continue
+        takes = ((other - one) * sign > 0).detach().flatten(1)
+        for name in ("A_" + end, "c_" + end):
+            setattr(result.linear, name, _chosen(takes, getattr(a.linear, name), getattr(b.linear, name)))
+    return result
+
+
+def _chosen(takes: Tensor, one: Any, other: Any) -> Any:
+    if isinstance(one, tuple):
+        return tuple(_chosen(takes, x, y) for x, y in zip(one, other, strict=True))
+    if one is None or other is None:
+        return one
+    return torch.where(takes.view(*takes.shape, *(1,) * (one.dim() - 2)), other, one)
 
 
 # ---- the graph of the network -----------------------------------------------------------------
@@ -337,22 +475,40 @@ def _name(graph: Graph, node: int) -> str:
     return graph.nodes[node].path or f"node{node}"
 
 
-def _node_of(bm: BoundedModule, layer: str) -> int:
-    read = {n.inputs[0] for n in bm.graph.nodes if n.op == "relu"}
-    found = {_name(bm.graph, i): i for i in sorted(read)}
+def _node_of(graph: Graph, layer: str) -> int:
+    read = {n.inputs[0] for n in graph.nodes if n.op == "relu"}
+    found = {_name(graph, i): i for i in sorted(read)}
     if layer not in found:
         raise ValueError(f"layer must be one that a ReLU reads ({', '.join(found)}), got {layer!r}")
     return found[layer]
 
 
-def _over(bm: BoundedModule, graph: Graph) -> BoundedModule:
-    """The same network with another graph over it."""
-    other = BoundedModule.__new__(BoundedModule)
-    nn.Module.__init__(other)
-    other.net, other.graph = bm.net, graph
-    other._prepare()
-    return other
+def _activation_of(graph: Graph, layer: str) -> tuple[int, int]:
+    """Numbers of the first activation that reads a layer, and of the layer."""
+    found: dict[str, tuple[int, int]] = {}
+    for i, n in enumerate(graph.nodes):
+        if n.op in ACTIVATIONS:
+            found.setdefault(_name(graph, n.inputs[0]), (i, n.inputs[0]))
+    if layer not in found:
+        raise ValueError(f"layer must be one that an activation reads ({', '.join(found)}), got {layer!r}")
+    return found[layer]
+
+
+def _before(boxes: Boxes, node: int) -> Boxes:
+    return {i: box for i, box in boxes.items() if i < node}
 
 
 def _truncated(bm: BoundedModule, node: int) -> BoundedModule:
-    return _over(bm, dataclasses.replace(bm.graph, nodes=bm.graph.nodes[: node + 1], output=node))
+    graph = dataclasses.replace(bm.graph, nodes=bm.graph.nodes[: node + 1], output=node)
+    return type(bm)._of_graph(bm.net, graph)
+
+
+__all__ = [
+    "CutSet",
+    "Cuts",
+    "Octahedra",
+    "hull_cuts",
+    "octahedral_bounds",
+    "select_groups",
+    "sparse_cover",
+]

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
+from pycert._groups import check_selection
 from pycert.ops.relaxation import SLOPES
 
 #: Methods of :meth:`pycert.BoundedModule.bound`, cheapest first.
-METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward", "lipschitz")
+METHODS = ("ibp", "crown-ibp", "fastlin", "crown", "alpha-crown", "forward", "lipschitz", "krelu", "lp")
 SOUNDNESS = ("none", "real", "deployed")
 SIDES = ("both", "lower", "upper")
 PRECISIONS = ("exact", "fast")
 POOLINGS = ("adaptive", "constant")
 #: Whose intermediate bounds ``"alpha-crown"`` rests on; with its own name they are optimised too.
 INTERMEDIATES = ("crown-ibp", "crown", "alpha-crown")
+#: Of ``"krelu"`` too: with its own name rows of earlier layers tighten the bounds of later ones.
+JOINT_INTERMEDIATES = (*INTERMEDIATES, "krelu")
 ALPHAS = ("per spec", "shared")
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -42,11 +45,31 @@ class Options:
     alpha: str = "per spec"
     intermediate: str = "crown"
     threshold: float | None = None
+    k: int = 3
+    ns: int = 70
+    s: int = 1
+    cover: str = "sparse"
+    least: float = 0.0
+    rows: int = 12
+    cut_rate: float = 0.1
+    directions: int = 0
+    cuts: Any = None
+    time_limit: float | None = None
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Options))
 #: Options of ``"alpha-crown"`` alone.
 ASCENT = ("iterations", "learning_rate", "alpha", "intermediate", "threshold")
+#: Options of groups of neurons, of ``"krelu"``.
+JOINT = ("k", "ns", "s", "cover", "least", "rows", "cut_rate", "directions", "cuts")
+#: Which methods take an option; all where it is not listed.
+TAKEN_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(ASCENT, ("alpha-crown", "krelu", "lp")),
+    **dict.fromkeys(JOINT, ("krelu", "lp")),
+    "time_limit": ("lp",),
+}
+#: Defaults that differ from those of ``Options``.
+_DEFAULTS: dict[str, dict[str, Any]] = {"krelu": {"iterations": 60}, "lp": {"iterations": 60, "rows": 0}}
 
 
 def _choose(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -79,10 +102,11 @@ def parse(
         near = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}.{hint}")
-    strangers = [name for name in given if name in ASCENT and method != "alpha-crown"]
-    if strangers:
-        raise ValueError(f"option {strangers[0]!r} is one of method 'alpha-crown', not of {method!r}")
-    options = Options(**given)
+    for name in given:
+        if method not in TAKEN_BY.get(name, (method,)):
+            owners = ", ".join(map(repr, TAKEN_BY[name]))
+            raise ValueError(f"option {name!r} is one of {owners}, not of {method!r}")
+    options = Options(**{**_DEFAULTS.get(method, {}), **given})
     _choose("side", options.side, SIDES)
     _choose("slope", options.slope, SLOPES)
     _choose("soundness", options.soundness, SOUNDNESS)
@@ -90,13 +114,27 @@ def parse(
     _choose("pooling", options.pooling, POOLINGS)
     if not isinstance(options.intersect, bool):
         raise ValueError(f"intersect must be True or False, got {options.intersect!r}")
-    _check_ascent(options)
+    _check_ascent(options, INTERMEDIATES if method == "alpha-crown" else JOINT_INTERMEDIATES)
+    _check_joint(options)
     return options
 
 
-def _check_ascent(options: Options) -> None:
+def _check_joint(options: Options) -> None:
+    check_selection(options.k, options.ns, options.s, options.cover)
+    for name, least in (("least", 0), ("rows", 0), ("cut_rate", 0), ("directions", 0)):
+        value = getattr(options, name)
+        if not _is_number(value) or not least <= value < math.inf:
+            raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+    limit = options.time_limit
+    if limit is not None and not (_is_number(limit) and limit >= 0):
+        raise ValueError(f"time_limit must be seconds or None, got {limit!r}")
+    if options.cuts is not None and not hasattr(options.cuts, "_for_engine"):
+        raise TypeError(f"cuts must be a pycert.krelu.CutSet, got {type(options.cuts).__name__}")
+
+
+def _check_ascent(options: Options, intermediates: tuple[str, ...]) -> None:
     _choose("alpha", options.alpha, ALPHAS)
-    _choose("intermediate", options.intermediate, INTERMEDIATES)
+    _choose("intermediate", options.intermediate, intermediates)
     iterations, rate, threshold = options.iterations, options.learning_rate, options.threshold
     if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0:
         raise ValueError(f"iterations must be an integer of at least 0, got {iterations!r}")

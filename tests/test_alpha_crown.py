@@ -367,7 +367,7 @@ def test_linear_bounds_hold():
         (dict(intermediate="ibp"), "intermediate must be one of 'crown-ibp', 'crown', 'alpha-crown', got 'ibp'"),
         (dict(threshold=math.nan), "threshold must be a number or None, got nan"),
         (dict(iteration=3), "unknown option 'iteration'.*Did you mean 'iterations'"),
-        (dict(method="crown", iterations=3), "option 'iterations' is one of method 'alpha-crown', not of 'crown'"),
+        (dict(method="crown", iterations=3), "option 'iterations' is one of 'alpha-crown', 'krelu', 'lp', not of 'crown'"),
         (dict(method="alfa-crown"), "did you mean 'alpha-crown'"),
     ],
 )  # fmt: skip

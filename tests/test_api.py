@@ -420,7 +420,7 @@ def test_certify_refuses_what_does_not_fit(bm, x):
         (ValueError, "batch_size must be at least 1", dict(batch_size=0)),
         (
             ValueError,
-            "unknown option 'bogus'; known are alpha, batch_size, cascade, intermediate",
+            "unknown option 'bogus'; known are alpha, batch_size, cascade, cover",
             dict(bogus=1),
         ),
         (ValueError, "unknown option 'side'", dict(side="lower")),
@@ -569,7 +569,7 @@ print(bool((lower <= bm(few.x)).all() and (bm(few.x) <= upper).all()))
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(method="crwn"), r"'ibp', 'crown-ibp', 'fastlin', 'crown', 'alpha-crown', 'forward', 'lipschitz', got 'crwn'; did you mean 'crown'"),
+        (dict(method="crwn"), r"'ibp', 'crown-ibp', 'fastlin', 'crown', 'alpha-crown', 'forward', 'lipschitz', 'krelu', 'lp', got 'crwn'; did you mean 'crown'"),
         (dict(method=None), r"method must be one of 'ibp'"),
         (dict(slop="zero"), r"unknown option 'slop'; known are .*memory.*slope.*spec.* Did you mean 'slope'"),
         (dict(slope="steep"), r"slope must be one of 'adaptive', 'parallel', 'zero', 'one', got 'steep'"),

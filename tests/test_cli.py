@@ -90,6 +90,25 @@ def test_what_is_certified_is_not_broken(folder, p, eps):
     assert not proved & broken
 
 
+@pytest.mark.parametrize("method", ["krelu", "lp"])
+def test_methods_with_groups_of_neurons(folder, method, capsys):
+    if method == "lp":
+        pytest.importorskip("highspy", reason="method 'lp' needs highspy")
+    command = (
+        f"{COMMAND} --eps 0.05 --no-plot --samples 6 --k 2 --ns 12 --rows 4 --iterations 5 --method".split()
+    )
+    assert main([*command, "alpha-crown", method]) == 0
+    margins = {row["method"]: {} for row in results()}
+    for row in results():
+        margins[row["method"]][row["sample"]] = row["margin"]
+    for sample, margin in margins[method].items():
+        if margin is not None and margin < 0:
+            assert margin >= margins["alpha-crown"][sample] - 1e-6
+    capsys.readouterr()
+    assert main([*command, "crown"]) == 2
+    assert "--iterations is of --method alpha-crown, krelu, lp" in capsys.readouterr().err
+
+
 def test_the_report_stands_alone_and_names_what_it_rests_on(folder):
     assert main([*FULL[:-1], "--report", "page.html", "--quiet", "--soundness", "none"]) == 0
     page = (folder / "page.html").read_text()

@@ -9,6 +9,8 @@
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -23,7 +25,7 @@ namespace pycert::engine {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr double kDecay = 0.98;                         // of the rate, per step
+constexpr double kLargest = 1e4;                        // multiplier, in units of a coefficient's usual size
 constexpr int64_t kPreferredBytes = int64_t(32) << 20;  // of one ascent
 constexpr double kShareThatPays = 0.25;                 // of groups that are done, for leaving them out
 
@@ -35,11 +37,13 @@ Tensor targets(const Start& start, double threshold) {
   return all;
 }
 
-// The free slopes of one activation, and the state of Adam.
+// The free slopes of one activation or the multipliers of its cuts, and the state of Adam.
 struct Free {
   int64_t activation;
   SlopeRange range;                   // [B, n]
   Tensor slope, first, second, best;  // [G, n]; best: of all groups that there were
+  Tensor unit, best_unit;             // of multipliers, [G, 1]: what they are counted in; undefined: slopes
+  bool cuts() const { return unit.defined(); }
 };
 
 class Ascender {
@@ -60,18 +64,27 @@ class Ascender {
       if (!reached[size_t(i)] || !plain.has_free_slope(i)) continue;
       SlopeRange range = plain.slope_range(i);
       if (range.lowest.equal(range.highest)) continue;
-      const Tensor slope = range.start.index_select(0, sample_);
-      free_.push_back({i, range, slope, at::zeros_like(slope), at::zeros_like(slope), slope.clone()});
+      add(i, range, started(plain.options().first_slopes, i, range.start.index_select(0, sample_), range), {});
+    }
+    const Tables units = plain.options().cuts.empty() ? Tables() : usual_sizes();
+    for (const auto& [activation, unit] : units) {
+      const Tensor zero = at::zeros_like(plain.options().cuts.at(activation).constant);
+      const SlopeRange range{zero, zero, at::full_like(zero, kLargest)};
+      const Tensor none = zero.index_select(0, sample_);
+      add(activation, range, started(plain.options().first_multipliers, activation, none, range, unit), unit);
     }
   }
 
-  // The best slopes of every group; no tables where nothing is free.
-  std::unordered_map<int64_t, Tensor> run() {
+  // The best slopes and multipliers of every group; no tables where nothing is free.
+  void run(Slopes& out) {
     for (int64_t step = 0; !free_.empty() && iterate(step); ++step) {
     }
-    std::unordered_map<int64_t, Tensor> best;
-    for (const Free& f : free_) best[f.activation] = f.best;
-    return best;
+    for (const Free& f : free_) {
+      if (f.cuts())
+        out.multipliers[f.activation] = f.best * f.best_unit;
+      else
+        out.tables[f.activation] = f.best;
+    }
   }
 
  private:
@@ -80,16 +93,48 @@ class Ascender {
     return at::zeros({groups()}, values.options()).index_add(0, group_, values);
   }
 
+  void add(int64_t activation, const SlopeRange& range, const Tensor& start, const Tensor& unit) {
+    free_.push_back(
+        {activation, range, start, at::zeros_like(start), at::zeros_like(start), start.clone(), unit, unit});
+  }
+
+  // Where the ascent starts: from what the caller gave for these rows (groups are rows then), or from `rule`.
+  Tensor started(const Tables& given, int64_t activation, const Tensor& rule, const SlopeRange& range,
+                 const Tensor& unit = {}) const {
+    const auto found = given.find(activation);
+    if (found == given.end() || !start_.number.defined()) return rule;
+    Tensor mine = usable(found->second).index_select(0, start_.number);
+    if (unit.defined()) mine = mine / unit;
+    const auto of_groups = [&](const Tensor& t) { return t.index_select(0, sample_); };
+    return at::minimum(at::maximum(mine, of_groups(range.lowest)), of_groups(range.highest)).contiguous();
+  }
+
+  // The mean size of coefficients at activations with cuts that rows pass, [G, 1].
+  Tables usual_sizes() {
+    Tables sizes;
+    Slopes none{group_, sample_, {}, {}, &sizes};
+    at::NoGradGuard no_grad;
+    walk(plain_, start_, false, false, &none);
+    for (auto& [activation, size] : sizes) {
+      const Tensor sum = at::zeros({groups(), 1}, size.options()).index_add(0, group_, size);
+      size = (sum / by_group(at::ones_like(group_)).unsqueeze(1)).clamp_min(1e-30);
+    }
+    return sizes;
+  }
+
   // Whether another step is to follow.
   bool iterate(int64_t step) {
     const bool last = step == options_.iterations;
-    Slopes slopes{group_, sample_, {}};
+    Slopes slopes{group_, sample_, {}, {}};
     std::vector<Tensor> leaves;
+    at::AutoGradMode with_grad(!last);
     for (Free& f : free_) {
       leaves.push_back(f.slope.requires_grad_(!last));
-      slopes.tables[f.activation] = f.slope;
+      if (f.cuts())
+        slopes.multipliers[f.activation] = f.slope * f.unit;
+      else
+        slopes.tables[f.activation] = f.slope;
     }
-    at::AutoGradMode with_grad(!last);
     const Tensor values = walk(plain_, start_, false, false, &slopes).lower;
     const Tensor now = values.detach().to(at::kDouble);
     if (step == 0) {  // the sound bound lies about this much lower later on, too
@@ -106,11 +151,12 @@ class Ascender {
       return false;
     }
     const auto grads = gradients(values, leaves, open);
-    const double rate = options_.rate * std::pow(kDecay, double(step));
+    const double decay = std::pow(options_.decay, double(step));
     for (size_t k = 0; k < free_.size(); ++k) {
       Free& f = free_[k];
       ascend_slopes(f.slope, f.first, f.second, f.best, grads[k].defined() ? grads[k] : at::zeros_like(f.slope),
-                    f.range.lowest, f.range.highest, sample_, best_row_, improved, step + 1, rate);
+                    f.range.lowest, f.range.highest, sample_, best_row_, improved, step + 1,
+                    (f.cuts() ? options_.cut_rate : options_.rate) * decay);
     }
     if (double(is_open.sum().item<int64_t>()) <= (1 - kShareThatPays) * double(groups())) leave_out(is_open);
     return true;
@@ -138,7 +184,8 @@ class Ascender {
     sample_ = sample_.index_select(0, kept);
     best_row_ = best_row_.index_select(0, kept);
     for (Free& f : free_)
-      for (Tensor* t : {&f.slope, &f.first, &f.second}) *t = t->detach().index_select(0, kept);
+      for (Tensor* t : {&f.slope, &f.first, &f.second, &f.unit})
+        if (t->defined()) *t = t->detach().index_select(0, kept);
   }
 
   Context& plain_;
@@ -169,8 +216,8 @@ Tensor open_rows(const Start& start, const Tensor& lower, double threshold, bool
 
 Slopes search(Context& plain, const Start& start, const Tensor& sound, double threshold, const Ascent& options) {
   auto [group, sample] = groups_of(start, options.shared);
-  Slopes out{group, sample, {}};
-  out.tables = Ascender(plain, start, group, sample, sound, threshold, options).run();
+  Slopes out{group, sample, {}, {}};
+  Ascender(plain, start, group, sample, sound, threshold, options).run(out);
   return out;
 }
 
@@ -179,8 +226,9 @@ Slopes search_in_chunks(Context& context, Context& plain, const Start& start, co
   const Options& options = context.options();
   const int64_t chunk = chunk_rows(ascent_bytes(context, start.node), options.memory, kPreferredBytes);
   if (chunk >= start.count()) return search(plain, start, sound, threshold, options.ascent);
+  using Parts = std::unordered_map<int64_t, std::vector<Tensor>>;
   std::vector<Tensor> rows, samples;
-  std::unordered_map<int64_t, std::vector<Tensor>> tables;
+  Parts tables, multipliers;
   int64_t groups = 0;
   in_chunks(context, start.count(), chunk, [&](int64_t begin, int64_t end) {
     const Slopes part = search(plain, start.select(at::arange(begin, end, start.sample.options())),
@@ -189,9 +237,11 @@ Slopes search_in_chunks(Context& context, Context& plain, const Start& start, co
     samples.push_back(part.sample);
     groups += part.sample.size(0);
     for (const auto& [activation, table] : part.tables) tables[activation].push_back(table);
+    for (const auto& [activation, table] : part.multipliers) multipliers[activation].push_back(table);
   });
-  Slopes out{at::cat(rows), at::cat(samples), {}};
+  Slopes out{at::cat(rows), at::cat(samples), {}, {}};
   for (const auto& [activation, parts] : tables) out.tables[activation] = at::cat(parts);
+  for (const auto& [activation, parts] : multipliers) out.multipliers[activation] = at::cat(parts);
   return out;
 }
 
@@ -206,6 +256,9 @@ double ascent_bytes(const Context& context, int64_t start) {
     const Node& node = context.program().node(i);
     numbers += 2 * double(node.numel);
     if (context.has_free_slope(i)) numbers += (context.options().ascent.shared ? 1 : 6) * double(node.numel);
+    const auto cuts = context.options().cuts.find(i);  // terms of either side in double, and their places
+    if (cuts != context.options().cuts.end())
+      numbers += 8 * double(cuts->second.index.numel() / context.batch()) + 8 * double(node.numel);
   }
   return numbers * double(c10::elementSize(context.dtype())) + 256;
 }
@@ -223,10 +276,10 @@ WalkResult ascend(Context& context, const Start& start, bool keep_linear, double
     at::AutoGradMode on(true);
     Context plain = context.plain();
     Start own = open;
-    for (Tensor* t : {&own.sample, &own.element, &own.table, &own.source}) *t = usable(*t);
+    for (Tensor* t : {&own.sample, &own.element, &own.table, &own.source, &own.number}) *t = usable(*t);
     slopes = search_in_chunks(context, plain, own, usable(before.index_select(0, rows)), threshold);
   }
-  if (slopes.tables.empty()) return result;
+  if (slopes.tables.empty() && slopes.multipliers.empty()) return result;
   const WalkResult found = walk(context, open, false, keep_linear, &slopes);
   const auto merged = [&](const Tensor& all, const Tensor& some) { return all.index_put({rows}, some); };
   const Tensor had = result.lower.index_select(0, rows);

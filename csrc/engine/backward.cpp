@@ -352,8 +352,8 @@ void Walk::step(int64_t i, Rows rows) {
       return relax(i, node.inputs[2], lines, std::move(difference));
     }
     default:
-      return relax(i, node.inputs[0], centred_ ? context_.centred_lines(i) : context_.lines(i),
-                   written(i, std::move(rows)));
+      rows = take_cuts_off(i, written(i, std::move(rows)));
+      return relax(i, node.inputs[0], centred_ ? context_.centred_lines(i) : context_.lines(i), std::move(rows));
   }
 }
 
@@ -535,7 +535,7 @@ void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
   if (any_needs_grad(rows.data)) rows = own(input, std::move(rows));
   // The affine node that feeds the activation alone is charged in the same pass over the rows.
   const bool fuse = (node.op == Op::Linear || node.op == Op::Conv) && node.consumers.size() == 1 && !stops(input) &&
-                    !any_needs_grad(context_.bias(node));
+                    pending_[size_t(input)].empty() && !any_needs_grad(context_.bias(node));
   const Tensor bias = fuse ? bias_of(input) : Tensor();
   Tensor charge = context_.relax_charge(input, fuse, centred_), lower_row;
   RowIndex index = index_;

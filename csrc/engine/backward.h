@@ -28,15 +28,18 @@ struct Start {
   Tensor element;                     // unit rows: [Q]
   Tensor table, source;               // table[source[q]]; source undefined: q
   int64_t negative_from = INT64_MAX;  // rows from here on are negated
+  Tensor number;                      // [Q]: rows of Options::first_slopes and first_multipliers; undefined: none
   int64_t count() const { return sample.size(0); }
   Start select(const Tensor& kept) const;  // ascending rows of them
 };
 
-// Lower slopes that rows bring along, instead of the samples' own.
+// Lower slopes that rows bring along, instead of the samples' own, and multipliers of cuts.
 struct Slopes {
-  Tensor row;                                  // [Q] int64: which row of the tables a row has
-  Tensor sample;                               // [G] int64: whose rows may have a row of the tables
-  std::unordered_map<int64_t, Tensor> tables;  // of activations: [G, n], within slope_range
+  Tensor row;                  // [Q] int64: which row of the tables a row has
+  Tensor sample;               // [G] int64: whose rows may have a row of the tables
+  Tables tables;               // of activations: [G, n], within slope_range
+  Tables multipliers;          // of activations with cuts: [G, R], nonnegative
+  Tables* measured = nullptr;  // of activations with cuts: takes the mean size of a row's coefficients [Q, 1]
 };
 
 // What a walk gives for its rows.
@@ -66,6 +69,7 @@ class Walk {
   Tensor bias_of(int64_t i) const;
   void start_constant(int64_t start, const Rows& rows);
   void relax(int64_t activation, int64_t input, Lines lines, Rows rows);  // through an activation of value `input`
+  Rows take_cuts_off(int64_t i, Rows rows);                               // cuts.cpp
   void linear(int64_t i, Rows rows);
   LiveColumns live_columns(int64_t value);
   Tensor alike(const Rows& rows);

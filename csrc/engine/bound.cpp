@@ -69,6 +69,7 @@ Start Start::select(const Tensor& kept) const {
   Start out;
   out.node = node;
   out.sample = sample.index_select(0, kept);
+  if (number.defined()) out.number = number.index_select(0, kept);
   if (negative_from < count()) out.negative_from = kept.lt(negative_from).sum().item<int64_t>();
   if (element.defined()) {
     out.element = element.index_select(0, kept);
@@ -259,7 +260,7 @@ void Context::refine(int64_t i, bool all) {
   std::vector<Tensor> lowers, uppers;
   in_chunks(*this, sample.size(0), chunk, [&](int64_t begin, int64_t end) {
     const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
-    const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin};
+    const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin, {}};
     const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
                           : recompute                  ? recomputed_walk(*this, start)
                                                        : walk(*this, start, false, false).lower;
@@ -296,11 +297,13 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
   const Sides sides{side == Side::Both, side == Side::Upper};
   const record::Bounding bounding("output", sides.copies() * total, total);
   const RowCost cost = row_cost(context, output, !spec.has_value(), stop_at_activations);
-  const int64_t memory = context.options().memory;
+  const Options& options = context.options();
+  const int64_t memory = options.memory;
+  const bool given = !options.first_slopes.empty() || !options.first_multipliers.empty();
   int64_t chunk = total;
   if (!context.grad())
     chunk = chunk_rows(double(sides.copies()) * cost.bytes, memory, preferred_bytes(context, kChunkBytes * 4));
-  else if (context.options().ascent.iterations == 0)  // what is kept for the gradient
+  else if (options.ascent.iterations == 0 && !given)  // what is kept for the gradient
     chunk = chunk_rows(double(sides.copies()) * ascent_bytes(context, output), memory, memory);
   const bool recompute = context.grad() && chunk < total && !stop_at_activations && !keep_linear;
   std::vector<Tensor> lowers, uppers, low_constants, up_constants;
@@ -322,9 +325,10 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
       start.table = spec->rows.narrow(0, begin, rows_here);
       if (sides.both) start.source = twice(at::arange(rows_here, context.index_options()), true);
     }
-    const Ascent& ascent = context.options().ascent;
+    const Ascent& ascent = options.ascent;
+    if (given) start.number = sides.both ? at::cat({row, row + total}) : row;
     const WalkResult result = recompute ? WalkResult{recomputed_walk(context, start), {}, {}}
-                              : ascent.iterations > 0 && !stop_at_activations
+                              : (ascent.iterations > 0 || given) && !stop_at_activations
                                   ? ascend(context, start, keep_linear, ascent.threshold)
                                   : walk(context, start, stop_at_activations, keep_linear);
     const auto take = [&](const Tensor& t, bool upper) {

@@ -27,7 +27,19 @@ struct Ascent {
   bool shared = false;        // one set of slopes for all rows of a sample and side, instead of one a row
   bool intermediate = false;  // also for intermediate bounds, each start node its own
   double threshold = std::numeric_limits<double>::infinity();  // bounds of the output are good enough beyond it
+  double decay = 0.98;                                         // of the rate, per step
+  double cut_rate = 0.1;  // of multipliers of cuts: of the first step, in units of a coefficient's usual size
 };
+
+// Rows constant + of_value . x + of_activation . y >= 0 over a value x and its activation y, each on k elements.
+struct Cuts {
+  Tensor index;                    // [B, R, k] int64: elements of the flattened value
+  Tensor of_value, of_activation;  // [B, R, k]
+  Tensor constant;                 // [B, R]
+};
+
+// Lower slopes [Q, n] and multipliers [Q, R] by activation, that rows of the output start with.
+using Tables = std::unordered_map<int64_t, Tensor>;
 
 struct Options {
   Method method = Method::Ibp;
@@ -43,6 +55,8 @@ struct Options {
   Ascent ascent;
   // Bounds that the caller vouches for: of values taken as they are, and of values to intersect with what is found.
   std::unordered_map<int64_t, Box> given, reference;
+  std::unordered_map<int64_t, Cuts> cuts;  // by activation: valid for every execution, as the caller vouches
+  Tables first_slopes, first_multipliers;
   std::function<void()> interrupt = [] {};
   CustomLines custom_lines;
   CustomInterval custom_interval;

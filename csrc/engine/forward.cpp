@@ -88,6 +88,8 @@ Context::Context(const Context& other, Plain)
   for (const auto& [mean, variance] : other.statistics_) statistics_.push_back({usable(mean), usable(variance)});
   options_.soundness = Soundness::None;
   options_.ascent = {};
+  for (auto& [activation, cuts] : options_.cuts)
+    cuts = {usable(cuts.index), usable(cuts.of_value), usable(cuts.of_activation), usable(cuts.constant)};
 }
 
 Context Context::plain() const {

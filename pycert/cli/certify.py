@@ -15,13 +15,25 @@ from torch import Tensor
 
 import pycert
 from pycert import _C, _flags, attacks, plot
+from pycert._groups import COVERS
 from pycert._progress import progress_bar
 from pycert.cli import environment, inputs, records, report
 from pycert.cli.inputs import CommandError
-from pycert.options import ALPHAS, INTERMEDIATES, METHODS, SOUNDNESS, memory_bytes, parse
+from pycert.options import ALPHAS, JOINT_INTERMEDIATES, METHODS, SOUNDNESS, TAKEN_BY, memory_bytes, parse
 
-#: Options that go to alpha-crown alone.
-ASCENT_OPTIONS = ("iterations", "learning_rate", "alpha", "intermediate")
+#: Options that go to some methods alone (``pycert.options.TAKEN_BY``); None is the method's own default.
+SOME_OPTIONS = (
+    "iterations",
+    "learning_rate",
+    "alpha",
+    "intermediate",
+    "k",
+    "ns",
+    "s",
+    "cover",
+    "rows",
+    "time_limit",
+)
 
 EPILOG = """
 examples:
@@ -71,21 +83,38 @@ def _add_bound_options(parser: argparse.ArgumentParser) -> None:
     bounds.add_argument(
         "--cascade", action=argparse.BooleanOptionalAction, default=True, help="cheap methods first"
     )
-    bounds.add_argument("--iterations", type=int, default=20, metavar="N", help="of alpha-crown (default 20)")
     bounds.add_argument(
-        "--learning-rate", type=float, default=0.5, metavar="RATE", help="of alpha-crown (default 0.5)"
+        "--iterations", type=int, metavar="N", help="of alpha-crown (default 20) and krelu (default 60)"
+    )
+    bounds.add_argument(
+        "--learning-rate", type=float, metavar="RATE", help="of alpha-crown and krelu (default 0.5)"
     )
     bounds.add_argument(
         "--alpha",
         choices=ALPHAS,
-        default=ALPHAS[0],
-        help="of alpha-crown: slopes for every margin, or one set for all (default %(default)s)",
+        help=f"of alpha-crown, krelu and lp: slopes for every margin, or one set for all (default {ALPHAS[0]})",
     )
     bounds.add_argument(
         "--intermediate",
-        choices=INTERMEDIATES,
-        default="crown",
-        help="of alpha-crown: method of the intermediate bounds (default %(default)s)",
+        choices=JOINT_INTERMEDIATES,
+        help="of alpha-crown, krelu and lp: method of the intermediate bounds (default crown)",
+    )
+    bounds.add_argument("--k", type=int, help="of krelu and lp: neurons in a group, 1 to 4 (default 3)")
+    bounds.add_argument(
+        "--ns", type=int, metavar="N", help="of krelu and lp: neurons in a block (default 70)"
+    )
+    bounds.add_argument(
+        "--s", type=int, metavar="N", help="of krelu and lp: neurons groups may share (default 1)"
+    )
+    bounds.add_argument("--cover", choices=COVERS, help="of krelu and lp: groups of a block (default sparse)")
+    bounds.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="of krelu and lp: rows of a group (default 12; lp 0, triangles alone)",
+    )
+    bounds.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="of lp, for a sample (default none)"
     )
     bounds.add_argument(
         "--attack", action="store_true", help="also attack by PGD: an upper limit on any certificate"
@@ -167,10 +196,14 @@ def _check(args: argparse.Namespace) -> None:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     memory_bytes(args.memory)  # a wrong size is an error before anything is written
-    try:
-        parse("alpha-crown", {name: getattr(args, name) for name in ASCENT_OPTIONS})
-    except ValueError as error:
-        raise CommandError(f"--{error}") from error
+    for method in args.method:
+        try:
+            parse(method, _options_of(method, args))
+        except ValueError as error:
+            raise CommandError(f"--{error}") from error
+    for name in SOME_OPTIONS:
+        if getattr(args, name) is not None and not set(args.method) & set(TAKEN_BY[name]):
+            raise CommandError(f"--{name.replace('_', '-')} is of --method {', '.join(TAKEN_BY[name])}")
     if any(eps < 0 or eps == float("inf") for eps in args.eps):
         raise CommandError(f"--eps must be finite and not negative, got {args.eps}")
     if args.p not in (1, 2, float("inf")):
@@ -189,6 +222,12 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
+def _options_of(method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about one method."""
+    given = {name: getattr(args, name) for name in SOME_OPTIONS if method in TAKEN_BY[name]}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _header(args: argparse.Namespace, net: torch.nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
     """The first line of the results: ``run`` identifies what is computed, ``made`` says where."""
     options = {
@@ -198,8 +237,7 @@ def _header(args: argparse.Namespace, net: torch.nn.Module, x: Tensor, y: Tensor
     options |= {"eps": list(dict.fromkeys(args.eps)), "p": "inf" if args.p == float("inf") else args.p}
     options |= {"clip": args.clip, "methods": list(dict.fromkeys(args.method)), "device": args.device}
     options |= {"threads": torch.get_num_threads()}
-    if "alpha-crown" in args.method:
-        options |= {name: getattr(args, name) for name in ASCENT_OPTIONS}
+    options |= {"of_methods": {method: _options_of(method, args) for method in args.method}}
     options |= {"attack": [args.attack_steps, args.attack_restarts] if args.attack else None}
     run_ = {
         "network": args.network,
@@ -268,8 +306,7 @@ def _compute(
         name, good, margin = "robust", correct & ~found.success, found.margin
     else:
         options = {"intersect": args.intersect, "cascade": args.cascade, "soundness": args.soundness}
-        if batch.method == "alpha-crown":
-            options |= {name: getattr(args, name) for name in ASCENT_OPTIONS}
+        options |= _options_of(batch.method, args)
         if args.memory is not None:
             options["memory"] = args.memory
         result = pycert.certify(bm, x, y, eps=batch.eps, p=args.p, method=batch.method, clip=clip, **options)
