@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pycert import _C
 from pycert.bounded import BoundedModule
+from pycert.lipschitz.states import ThreeState
 from pycert.lipschitz.walk import LayerNorm, Settings, Walk
-from pycert.norms.arithmetic import UP, exact_double, gamma, round_up
+from pycert.norms.arithmetic import UP, dual_norm, exact_double, gamma, round_up
 from pycert.regions import Box, LpBall, Region
 
 METHODS = ("gram", "power")
@@ -132,6 +133,7 @@ def local_bound(
     *,
     effort: str = "normal",
     layers: bool = False,
+    three_state: bool = True,
 ) -> LipschitzBound:
     """A Lipschitz constant of the network on every sample's region.
 
@@ -146,6 +148,8 @@ def local_bound(
             interval boxes alone).
         effort: ``"normal"`` or ``"high"``, of the norms; see :func:`pycert.ops.masked_norm`.
         layers: also collect the norm of every affine layer with and without its masks.
+        three_state: meet the product of norms with the bound that takes neurons that are certainly on for linear
+            (``"gram"`` alone).
 
     Returns:
         :class:`LipschitzBound` ``[B]``, output units over input units, in the dtype of the region.
@@ -155,13 +159,16 @@ def local_bound(
 
     Soundness: outward rounded with ``"gram"``; none with ``"power"``. Gradient: none;
     :mod:`pycert.train.losses` has the trainable bound.
-    Source: Huang et al. 2021, section 3 (rows and columns of constant activations eliminated); docs/lipschitz.md.
+    Source: Huang et al. 2021, section 3 (rows and columns of constant activations eliminated); for the
+    three states see :mod:`pycert.lipschitz.states`; docs/lipschitz.md.
     """
     _check(p, method)
     settings = Settings(float(p), method, effort, False, layers)
     with torch.no_grad():
         walk = walk_over(bm, region, settings, bm.graph.output)
         value = walk.lengths(bm.graph.output).lengths[:, 0]
+        if three_state and method == "gram":
+            value = torch.minimum(value, ThreeState(walk).of_outputs())
     first = region[0] if isinstance(region, tuple) else region
     sound = method == "gram"
     return LipschitzBound.of(round_up(value, first.lower.dtype), sound, float(p), walk.layers)
@@ -202,15 +209,3 @@ def last_layer(bm: BoundedModule) -> tuple[int, Tensor | None]:
     if node.op == "linear" and len(node.shape) == 1:
         return node.inputs[0], bm._tensors()[node.params[0]].detach()
     return graph.output, None
-
-
-def dual_norm(rows: Tensor, p: float) -> Tensor:
-    """At least the norm dual to the p-norm over the last dimension."""
-    count = rows.shape[-1]
-    if p == 1:
-        return rows.abs().amax(-1)
-    if p == math.inf:
-        return rows.abs().sum(-1) * ((1 + gamma(count + 2)) * UP)
-    largest = rows.abs().amax(-1, keepdim=True)
-    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return scaled.square().sum(-1).sqrt() * largest[..., 0] * ((1 + gamma(count + 8)) * UP)

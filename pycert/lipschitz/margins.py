@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pycert.bounded import BoundedModule
-from pycert.lipschitz.bounds import dual_norm, last_layer, radius_of, walk_over
+from pycert.lipschitz.bounds import last_layer, radius_of, walk_over
+from pycert.lipschitz.states import ThreeState
 from pycert.lipschitz.walk import Settings
-from pycert.norms.arithmetic import SMALLEST, UP, exact_double, gamma
+from pycert.norms.arithmetic import SMALLEST, UP, dual_norm, exact_double, gamma
 from pycert.regions import Box, Region
 
 Rows = tuple[Tensor, Tensor | None, int]
@@ -92,6 +93,9 @@ def bounds_of_rows(
     else:
         ball = dual_norm(through, p) * reach[:, None] * UP
         change = [torch.minimum(ball, _box_maximum(sign * through, low, high)) for sign in (-1, 1)]
+    # |C (f(x) - f(c))| is also at most K_C r with the three-state constant of the row, rounding of C W included.
+    whole = ThreeState(walk).of_rows(table) * walk.radius[:, None] * UP
+    change = [torch.minimum(part, whole) for part in change]
     size = dual_norm(through, p)
     extra = rounding * reach[:, None]
     if deployed:

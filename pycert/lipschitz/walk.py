@@ -133,6 +133,14 @@ class Walk:
             found = self.values[i] = self._value(i)
         return found
 
+    def varies(self, i: int) -> bool:
+        """Whether node ``i`` depends on the input at all."""
+        return self._varies[i]
+
+    def is_resolved(self, i: int) -> bool:
+        """Whether :meth:`lengths` of node ``i`` costs nothing more."""
+        return i in self._resolved
+
     def size(self, i: int) -> Tensor:
         """Largest magnitude of every element, ``[B, *shape]`` float64; infinite without a region."""
         box = self.boxes[i]

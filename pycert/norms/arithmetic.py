@@ -86,3 +86,15 @@ def frobenius(value: Tensor) -> Tensor:
     count = parts.shape[-1] * parts.shape[-2]
     bound = (total * (1 + gamma(count + 8)) + count * SMALLEST).sqrt() * UP
     return torch.where((parts == 0).all(-1).all(-1), torch.zeros_like(bound), bound)
+
+
+def dual_norm(rows: Tensor, p: float) -> Tensor:
+    """At least the norm dual to the p-norm over the last dimension."""
+    count = rows.shape[-1]
+    if p == 1:
+        return rows.abs().amax(-1)
+    if p == math.inf:
+        return rows.abs().sum(-1) * ((1 + gamma(count + 2)) * UP)
+    largest = rows.abs().amax(-1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
+    return scaled.square().sum(-1).sqrt() * largest[..., 0] * ((1 + gamma(count + 8)) * UP)
