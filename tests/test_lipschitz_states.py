@@ -272,3 +272,36 @@ def test_lost_roundings_are_charged(monkeypatch):
     monkeypatch.setattr(pullback, "gamma", lambda terms: 0.0)
     plain = lipschitz.jacobian_bound(bm, region, "interval")
     assert (plain.upper - plain.lower < found.upper - found.lower).any()
+
+
+@pytest.mark.parametrize(
+    "name,p", [(name, 2) for name in NETWORKS if name != "pooled"] + [("dense", 1), ("clipped", math.inf)]
+)
+def test_gradients_of_bounds_are_those_of_differences(name, p):
+    """With respect to all parameters, the centre and eps, along random directions."""
+    net, shape = networks()[name]
+    net = net.double()
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape).double())
+    torch.manual_seed(2)
+    x, weight = torch.rand(2, *shape).double(), torch.randn(2, 3, 2).double()
+    values = [*net.parameters(), x, torch.tensor([0.05, 0.2]).double()]
+    directions = [torch.randn_like(value) * 0.1 for value in values]
+
+    def total(step: float) -> Tensor:
+        for value, direction in zip(values, directions):
+            value.data.add_(step * direction)
+        found = bm.bound(pycert.LpBall(values[-2], values[-1], p), method="lipschitz")
+        result = (torch.stack([found.lower, found.upper], 2) * weight).sum()
+        for value, direction in zip(values, directions):
+            value.data.sub_(step * direction)
+        return result
+
+    with torch.no_grad():
+        difference = (total(1e-6) - total(-1e-6)) / 2e-6
+    for value in values:
+        value.requires_grad_()
+    gradients = torch.autograd.grad(total(0.0), values, allow_unused=True)
+    for value, gradient in zip(values, gradients):
+        assert gradient is not None and torch.isfinite(gradient).all(), value.shape
+    along = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions))
+    assert abs(along - difference) <= 5e-3 * abs(difference) + 1e-3

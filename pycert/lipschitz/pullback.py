@@ -186,7 +186,7 @@ def composite(walk: Walk, i: int) -> tuple[int, Tensor, Tensor]:
             attrs["slope"] = slope.view(-1, *[1] * (len(node.shape) - 1)) if slope.numel() > 1 else slope
         box = walk.boxes[source]
         assert box is not None
-        found = slope_range(node.op, box[0].detach(), box[1].detach(), attrs)
+        found = slope_range(node.op, *box, attrs)
         if found is None:
             raise UnsupportedBound(f"method 'lipschitz' has no slopes for '{node.op}' at '{node.path}'")
         least, most = (part.expand(walk.batch, *node.shape).flatten(1) for part in found)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pycert.lipschitz.pullback import LINEAR, Rows, composite, is_activation, pull
 from pycert.lipschitz.walk import Walk
-from pycert.norms.arithmetic import UP, dual_norm, gamma
+from pycert.norms.arithmetic import UP, dual_norm, gamma, with_gradient
 from pycert.norms.dense import norm_bound
 
 #: Floating-point operations that the constant of one layer of one sample may cost.
@@ -66,7 +66,11 @@ class ThreeState:
         matrix = rows.matrix
         usable = torch.isfinite(matrix).flatten(1).all(1)
         if self.p == 2:
-            norms = norm_bound(torch.where(usable[:, None, None], matrix, torch.zeros_like(matrix)))
+            matrix = torch.where(usable[:, None, None], matrix, torch.zeros_like(matrix))
+            with torch.no_grad():
+                norms = norm_bound(matrix)
+            if torch.is_grad_enabled() and matrix.requires_grad:
+                norms = with_gradient(norms, torch.linalg.matrix_norm(matrix, ord=2))
         else:
             sums = matrix.abs().sum(1 if self.p == 1 else 2)
             norms = sums.amax(1) * ((1 + gamma(max(matrix.shape[1:]) + 2)) * UP)
@@ -106,9 +110,8 @@ class ThreeState:
                     total = stopped
                     continue
             if activation:
-                root, middle, spread = (
-                    part[samples] if isinstance(part, Tensor) else part for part in self._parts(i)
-                )
+                root, middle, spread = self._parts(i)
+                middle, spread = middle[samples], spread[samples]
                 split = (spread > 0).double()
                 if bool(split.any()):
                     reach = self._reach(i)[samples, None]
