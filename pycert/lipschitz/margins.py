@@ -86,7 +86,8 @@ def bounds_of_rows(
     reach = value.lengths[:, 0] * walk.radius * UP
     table, count = _table(bm, rows, batch)
     centre: list[Region] = [Box(point, point) for point, _ in (radius_of(one, p) for one in given)]
-    at_centre = bm._point_bounds(centre, rows, soundness)
+    # The real network's value: how far an execution may be from it, there and elsewhere, is in the second lengths.
+    at_centre = bm._point_bounds(centre, rows, "real")
     through, rounding = _through(table, weight)
     if p == 2:
         change = [ball_box_bound(sign * through, low, high, reach) for sign in (-1, 1)]
