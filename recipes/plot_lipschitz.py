@@ -21,19 +21,16 @@ from matplotlib import pyplot as plt
 
 def certified(axes: Any, runs: list[dict]) -> None:
     for number, run in enumerate(runs):
-        radii = [point["eps"] for point in run["curve"]]
-        label = f"trained with {run['bound']} norms"
+        radii = [point["eps"] for point in run["curve_global"]]
+        heights = [100 * point["certified"] for point in run["curve_global"]]
         axes.plot(
-            radii,
-            [100 * p["certified"] for p in run["curve"]],
-            f"C{number}o-",
-            label=f"{label}: local certificate",
+            radii, heights, f"C{number}--", label=f"trained with {run['bound']} norms: global certificate"
         )
         axes.plot(
-            radii,
-            [100 * p["certified_global"] for p in run["curve"]],
-            f"C{number}s--",
-            label="… global certificate",
+            [point["eps"] for point in run["curve"]],
+            [100 * point["certified"] for point in run["curve"]],
+            f"C{number}o",
+            label="… local certificate",
         )
         axes.plot([run["eps"]], [100 * run["pgd"]], f"C{number}x", label="… PGD, 100 steps")
     axes.set_xlabel("radius (l2)")
