@@ -57,6 +57,8 @@ SCHEDULES = {
     "cifar": Schedule(800, 20, 400, 0.1551, 36 / 255, "bcp", 2, 1e-3, 2.0, augment=True),
     "tiny": Schedule(250, 0, 125, 0.16, 36 / 255, "bcp", 1, 2.5e-4, 1.0, 0.1, True, 128),
 }
+#: Seconds between checkpoints.
+SAVE_EVERY = 60.0
 #: Convolutions as (channels, kernel, stride, padding), then widths of dense layers.
 NETWORKS = {
     "mnist": ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512, 10]),
@@ -184,7 +186,7 @@ def train(
             progress.history.append(found | {"step": step})
             print(progress.history[-1], flush=True)
             write(args.out, settings | {"history": progress.history})
-        if time.perf_counter() - saved > 60 or step == total - 1:
+        if time.perf_counter() - saved >= SAVE_EVERY or step == total - 1:
             progress.save(checkpoint, net, optimizer)
             saved = time.perf_counter()
     return progress
