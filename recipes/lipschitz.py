@@ -177,7 +177,7 @@ def train(
     store = losses.WarmStarts(net, x[:1], len(x)) if args.bound == "local" and args.store else None
     print(store if store is not None else "power iterations start from the batch before")
     saved = time.perf_counter()
-    for step in range(progress.step, total):
+    for step in range(progress.step, progress.step if args.evaluate else total):
         started = time.perf_counter()
         found = update(net, x, y, plan, args, optimizer, step / total, progress, store)
         progress.step = step + 1
@@ -283,7 +283,7 @@ def evaluate(net: nn.Module, x: Tensor, y: Tensor, eps: float, args: argparse.Na
             {"eps": radius, "certified": (radii > radius).float().mean().item()} for radius in grid
         ],
     }
-    curve = []
+    curve: list[dict] = []
     for radius, open_ones in (
         (eps, correct & ~found.success),
         (eps / 2, correct),
@@ -293,7 +293,10 @@ def evaluate(net: nn.Module, x: Tensor, y: Tensor, eps: float, args: argparse.Na
         )
         curve.append({"eps": radius, "certified": found_here.certified.sum().item() / len(x)})
         yield {"certified": curve[0]["certified"], "curve": curve}
-    yield {"layers": {share * eps: layers(bm, x[:20], share * eps) for share in (0.1, 0.25, 0.5, 1.0)}}
+        if radius == eps:
+            yield {
+                "layers": {share * eps: layers(bm, x[:20], share * eps) for share in (0.1, 0.25, 0.5, 1.0)}
+            }
 
 
 def layers(bm: pycert.BoundedModule, x: Tensor, eps: float) -> list[dict]:
@@ -329,6 +332,9 @@ def main() -> None:
         "--store", action=argparse.BooleanOptionalAction, default=True, help="keep warm starts per sample"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--evaluate", action="store_true", help="evaluate the checkpoint as it is, untrained further"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
@@ -344,7 +350,7 @@ def main() -> None:
     progress = train(net, x, y, plan, args, settings)
     torch.save(net.state_dict(), args.out.with_suffix(".pt"))
     torch.set_flush_denormal(False)
-    settings |= {"train_seconds": progress.seconds, "history": progress.history}
+    settings |= {"steps_done": progress.step, "train_seconds": progress.seconds, "history": progress.history}
     for part in evaluate(net, x_test, y_test, args.eps or plan.test_eps, args):
         settings |= part
         write(args.out, settings)

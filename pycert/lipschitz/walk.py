@@ -347,14 +347,22 @@ class Walk:
     def _affine_noise(self, i: int) -> Tensor:
         """What an execution may err in one affine layer, elementwise: ``gamma_{n+12} (|W| |a| + |b|)`` and underflow.
 
-        n + 2 roundings of the sum and the bias, and ten for a BatchNorm that may have been folded in.
+        n + 2 roundings of the sum and the bias, and ten for a BatchNorm that may have been folded in. ``|W| |a|`` is at
+        most what the box gives, and with the centre's value ``c`` at most ``|W| |c| + ||W_k||_q (K r + E)``.
         """
         node = self.graph.nodes[i]
         operator = self._operator(i)
         size = self.size(node.inputs[0])
         weight = exact_double(operator.weight).abs()
         wide = operator.with_weight(weight)
-        product = wide.apply(size) * (1 + gamma(operator.terms() + 3)) * UP
+        charge = (1 + gamma(operator.terms() + 3)) * UP
+        product = wide.apply(size) * charge
+        around = self.centres[node.inputs[0]]
+        if around is not None:
+            middle = torch.maximum(around[0].double().abs(), around[1].double().abs()).detach()
+            away = self._reach(node.inputs[0]).detach().view(-1, *[1] * len(node.shape))
+            norms = self._norms_of_rows(i).detach().view(-1, *[1] * (0 if node.op == "linear" else 2))
+            product = torch.minimum(product, (wide.apply(middle) * charge + norms * away * UP) * UP)
         bias = self._optional_param(i, 1)
         if bias is not None:
             product = product + exact_double(bias).abs().view(-1, *([1] * (0 if node.op == "linear" else 2)))
@@ -374,19 +382,11 @@ class Walk:
         node = self.graph.nodes[i]
         if node.op == "linear" and len(node.shape) > 1:
             return
-        source = self.lengths(node.inputs[0]).lengths
-        assert self.radius is not None
-        reach = (source[:, 0] * self.radius * UP + source[:, 1]) * UP
+        reach = self._reach(node.inputs[0])
         around = self.centres[i]
         box = self.boxes[i]
         assert around is not None and box is not None
-        norms = cached(
-            self._param(i, 0),
-            ("rows", self.settings.p),
-            lambda: _row_norms(self._operator(i), self.settings.p),
-        )
-        if torch.is_grad_enabled():
-            norms = with_gradient(norms, _row_norms(self._operator(i), self.settings.p))
+        norms = self._norms_of_rows(i)
         view = (1, -1, *[1] * (len(node.shape) - 1))
         slack = reach.view(-1, *[1] * len(node.shape)) * norms.view(view) * UP
         noise = self.value(i).noise
@@ -399,6 +399,23 @@ class Walk:
         low, high = torch.maximum(lower, low), torch.minimum(upper, high)
         self.boxes[i] = (low, high)
         self.intervals.set_box(i, low, high)
+
+    def _reach(self, i: int) -> Tensor:
+        """``[B]``: how far value ``i``, of the network or of an execution, may be from its value at the centre."""
+        lengths = self.lengths(i).lengths
+        assert self.radius is not None
+        return (lengths[:, 0] * self.radius * UP + lengths[:, 1]) * UP
+
+    def _norms_of_rows(self, i: int) -> Tensor:
+        """At least ``||W_k||_q`` with the dual q of p, for every output (channel) of affine node ``i``."""
+        norms = cached(
+            self._param(i, 0),
+            ("rows", self.settings.p),
+            lambda: _row_norms(self._operator(i), self.settings.p),
+        )
+        if torch.is_grad_enabled():
+            norms = with_gradient(norms, _row_norms(self._operator(i), self.settings.p))
+        return norms
 
     # ---- the other affine operators, pooling, joining ----------------------------------------------------
 
