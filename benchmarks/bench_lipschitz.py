@@ -13,6 +13,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 import pycert
+from pycert.norms.operator import operator_of
 from pycert.ops import masked_norm, power_norm
 from pycert.train import losses
 
@@ -66,6 +67,49 @@ def held_megabytes(function: Callable[[], Any]) -> float:
     return sum(found.values()) / 2**20
 
 
+Layer = tuple[Tensor, dict[str, Any] | None, tuple[int, ...]]
+
+
+def hidden_layers(net: nn.Sequential, shape: tuple[int, ...]) -> list[Layer]:
+    """Weight, convolution and input shape of every affine layer but the last."""
+    found: list[Layer] = []
+    x = torch.zeros(1, *shape)
+    with torch.no_grad():
+        for layer in net:
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                found.append((layer.weight, conv_of(layer, tuple(x.shape[1:])), tuple(x.shape[1:])))
+            x = layer(x)
+    return found[:-1]
+
+
+def norms_by_pycert(layers: list[Layer], starts: list[Tensor | None], steps: int) -> Tensor:
+    """The logarithm of the product of the layers' norms, from warm starts, which are replaced."""
+    total = torch.zeros(())
+    for number, (weight, conv, _) in enumerate(layers):
+        found = power_norm(weight, start=starts[number], steps=steps, conv=conv, batch=1)
+        starts[number] = found.vector
+        total = total + found.value.log().sum()
+    return total
+
+
+def norms_by_torch(layers: list[Layer], starts: list[Tensor | None], steps: int) -> Tensor:
+    """The same in plain torch operations, with autograd through every step, as training code commonly has it."""
+    total = torch.zeros(())
+    for number, (weight, conv, shape) in enumerate(layers):
+        operator = operator_of(weight, conv)
+        start = starts[number]
+        u = torch.randn(1, *shape) if start is None else start
+        v = u
+        for _ in range(steps):
+            v = operator.apply(u)
+            v = v / (v.norm() + 1e-12)
+            u = operator.apply_adjoint(v)
+            u = u / (u.norm() + 1e-12)
+        starts[number] = u.detach()
+        total = total + (v * operator.apply(u)).sum().log()
+    return total
+
+
 def training_rows(
     threads: int, name: str, batch: int, seconds: float, clock: str
 ) -> Iterator[dict[str, Any]]:
@@ -93,21 +137,27 @@ def training_rows(
         with torch.no_grad():
             net(x)
 
+    layers = hidden_layers(net, shape)
+    warm: dict[str, list[Tensor | None]] = {"pycert": [None] * len(layers), "torch": [None] * len(layers)}
     times = timing.alternate(
         {
             "forward": forward,
             "plain step": step(lambda: functional.cross_entropy(net(x), y)),
             "local": step(lambda: robust("local")),
             "global": step(lambda: robust("global")),
+            "norms": step(lambda: norms_by_pycert(layers, warm["pycert"], steps)),
+            "torch norms": step(lambda: norms_by_torch(layers, warm["torch"], steps)),
         },
         seconds,
         clock,
     )
     row: dict[str, Any] = {"network": name, "batch": batch, "forward ms": times["forward"].median * 1e3}
-    for key in ("plain step", "local", "global"):
+    for key in ("plain step", "local", "global", "norms", "torch norms"):
         row[f"{key} x forward"] = timing.ratio(times[key], times["forward"])[0]
     row["plain MB"] = held_megabytes(lambda: functional.cross_entropy(net(x), y))
     row["local MB"] = held_megabytes(lambda: robust("local"))
+    row["norms MB"] = held_megabytes(lambda: norms_by_pycert(layers, warm["pycert"], steps))
+    row["torch norms MB"] = held_megabytes(lambda: norms_by_torch(layers, warm["torch"], steps))
     yield row
 
 
@@ -171,12 +221,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "local x forward",
         "global x forward",
     ]
-    columns += ["plain MB", "local MB", "failed"]
+    columns += [
+        "norms x forward",
+        "torch norms x forward",
+        "plain MB",
+        "local MB",
+        "norms MB",
+        "torch norms MB",
+        "failed",
+    ]
     kinds = ["none", "third of channels dead", "half dead, scattered", "half dead, scattered, high effort"]
     notes = [
         f"pycert {pycert.__version__}. A step is the loss of the published schedule (GloRo with 5 power steps for "
         "MNIST, BCP with 2 for CIFAR-10) and its gradient, divided by the plain forward pass of the same batch; MB "
-        "is what autograd keeps for the backward pass.",
+        "is what autograd keeps for the backward pass. norms: power iteration of every hidden layer without masks, "
+        "with warm starts and as many steps, and the gradient of the product; torch norms: the same in plain torch "
+        "operations with autograd through every step.",
         "Norms: the guaranteed upper bound over the norm (200 steps of power iteration in float64), random weights.",
     ]
     heads = ["layer", *kinds, "scattered ms", "failed"]

@@ -238,7 +238,7 @@ class BoundedModule(nn.Module):
         parsed: Options,
         return_linear: bool = False,
     ) -> Bounds:
-        """Bounds by local Lipschitz constants; without gradient."""
+        """Bounds by local Lipschitz constants."""
         from pycert.lipschitz.margins import bounds_of_rows  # it needs this module
 
         if return_linear:
@@ -247,9 +247,12 @@ class BoundedModule(nn.Module):
             raise ValueError(
                 "method 'lipschitz' is for soundness='real' or 'deployed'; to train, see pycert.train.losses"
             )
-        with torch.no_grad():
+        parts = region if isinstance(region, (tuple, list)) else (region,)
+        sources = [*self._tensors(), *(value for part in parts for value in vars(part).values())]
+        wanted = any(isinstance(value, Tensor) and value.requires_grad for value in sources)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             lower, upper = bounds_of_rows(self, region, rows, parsed)
-        first = region[0] if isinstance(region, (tuple, list)) else region
+        first = parts[0]
         return Bounds(lower, upper, None, parsed.soundness, self._excludes(parsed.soundness, first.lower))
 
     def _interval_options(self, soundness: str, device: torch.device) -> Any:

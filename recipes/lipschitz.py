@@ -1,13 +1,18 @@
 """Training by local or global Lipschitz bounds (Huang et al., NeurIPS 2021) and its evaluation.
 
     python recipes/lipschitz.py mnist --data mnist.npz --out mnist.json                 # the published schedule
-    python recipes/lipschitz.py mnist --data mnist.npz --out mnist.json --steps 1000 --batch 128   # a short one
+    python recipes/lipschitz.py mnist --data mnist.npz --out mnist.json --steps 1000 --batch 64    # a short one
     python recipes/lipschitz.py cifar --data cifar.npz --out cifar.json --activation maxmin
 
 The data file holds ``x_train, y_train, x_test, y_test`` as ``np.savez`` writes them, images as uint8 with or without a
 channel dimension. The result holds clean accuracy, accuracy under PGD and certified accuracy, with local and with
 global bounds, and per layer the shares of eliminated rows and columns. Certificates are those of
 ``pycert.certify``, sound in floating point; the norms that training sees are estimates.
+
+With fewer ``--steps`` every phase of the published schedule keeps its share. The result file is written as training
+goes; a checkpoint beside it (``.ckpt``) lets the same command go on where it was stopped. Power iterations start
+from what they found for the same sample in the epoch before (``--store``, gigabytes), or else from what they found in
+the batch before, which costs nothing and suits runs of few epochs. ``recipes/plot_lipschitz.py`` plots the results.
 """
 
 from __future__ import annotations
@@ -15,7 +20,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +57,8 @@ SCHEDULES = {
     "cifar": Schedule(800, 20, 400, 0.1551, 36 / 255, "bcp", 2, 1e-3, 2.0, augment=True),
     "tiny": Schedule(250, 0, 125, 0.16, 36 / 255, "bcp", 1, 2.5e-4, 1.0, 0.1, True, 128),
 }
+#: Seconds between checkpoints.
+SAVE_EVERY = 60.0
 #: Convolutions as (channels, kernel, stride, padding), then widths of dense layers.
 NETWORKS = {
     "mnist": ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512, 10]),
@@ -114,99 +124,193 @@ def augmented(x: Tensor) -> Tensor:
     return torch.where(flip, x.flip(3), x)
 
 
-def train(net: nn.Sequential, x: Tensor, y: Tensor, plan: Schedule, args: argparse.Namespace) -> float:
-    """Trains; seconds it took."""
-    batch = args.batch or plan.batch
-    per_epoch = -(-len(x) // batch)
-    total = args.steps or plan.epochs * per_epoch
+def share_of_ramp(done: float, plan: Schedule) -> float:
+    """How much of the training radius is in force after this share of the schedule."""
+    return min(1.0, max(0.0, (done - plan.warm_up / plan.epochs) * plan.epochs / plan.ramp))
+
+
+def learning_rate(done: float, plan: Schedule, decay: float) -> float:
+    """Constant until the ramp ends, then exponentially to 1e-6."""
+    late = max(0.0, done - 0.53) / 0.47
+    return plan.learning_rate * (1e-6 / plan.learning_rate) ** (late * decay)
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint holds beside weights and the optimizer's state."""
+
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict] = dataclasses.field(default_factory=list)
+    starts: list[Tensor] | None = None
+
+    def save(self, path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """In one move, so that being stopped never leaves half a file."""
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        state |= {
+            "net": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    @staticmethod
+    def load(path: Path, net: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        if not path.exists():
+            return Progress()
+        state = torch.load(path, weights_only=True)
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        return Progress(**{field.name: state[field.name] for field in dataclasses.fields(Progress)})
+
+
+def train(
+    net: nn.Sequential, x: Tensor, y: Tensor, plan: Schedule, args: argparse.Namespace, settings: dict
+) -> Progress:
+    """Trains, from the checkpoint if there is one, writing as it goes."""
+    total = args.steps or plan.epochs * -(-len(x) // args.batch)
     optimizer = torch.optim.Adam(net.parameters(), lr=plan.learning_rate)
+    checkpoint = args.out.with_suffix(".ckpt")
+    progress = Progress.load(checkpoint, net, optimizer)
     store = losses.WarmStarts(net, x[:1], len(x)) if args.bound == "local" and args.store else None
-    print(store if store is not None else "no warm starts are kept")
-    kept: list[Tensor] | None = None
-    started = time.perf_counter()
-    for step in range(total):
-        done = step / total
-        share = min(1.0, max(0.0, (done - plan.warm_up / plan.epochs) * plan.epochs / plan.ramp))
-        for group in optimizer.param_groups:  # constant until the ramp ends, then exponentially to 1e-6
-            late = max(0.0, done - 0.53) / 0.47
-            group["lr"] = plan.learning_rate * (1e-6 / plan.learning_rate) ** (late * args.decay)
-        index = torch.randint(0, len(x), (batch,))
-        images = augmented(x[index]) if plan.augment else x[index]
-        starts = store.take(index) if store is not None else kept
-        found = losses.worst_logits(
-            net,
-            images,
-            y[index],
-            plan.train_eps * share,
-            bound=args.bound,
-            steps=plan.power_steps,
-            starts=starts,
-            sparsity=plan.sparsity,
-        )
-        if store is not None:
-            store.put(index, found.starts)
-        elif args.bound == "global":
-            kept = found.starts
-        if plan.loss == "gloro":
-            loss = losses.gloro_loss(found, y[index])
-        else:
-            loss = losses.bcp_loss(found, y[index], 1 - share)
-        if found.sparsity is not None:
-            loss = loss + 0.01 * found.sparsity
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
-        optimizer.step()
-        losses.project_thresholds(net)
-        if step % max(1, total // 40) == 0 or step == total - 1:
-            right = (found.clean.argmax(1) == y[index]).float().mean().item()
-            robust = (found.worst.argmax(1) == y[index]).float().mean().item()
-            live = [round(one.item(), 3) for one in found.live]
-            print(
-                f"step {step}/{total} eps {plan.train_eps * share:.3f} loss {loss.item():.3f} clean {right:.3f} "
-                f"estimated robust {robust:.3f} live {live}",
-                flush=True,
-            )
-    return time.perf_counter() - started
+    print(store if store is not None else "power iterations start from the batch before")
+    saved = time.perf_counter()
+    for step in range(progress.step, progress.step if args.evaluate else total):
+        started = time.perf_counter()
+        found = update(net, x, y, plan, args, optimizer, step / total, progress, store)
+        progress.step = step + 1
+        progress.seconds += time.perf_counter() - started
+        if step % max(1, total // 60) == 0 or step == total - 1:
+            progress.history.append(found | {"step": step})
+            print(progress.history[-1], flush=True)
+            write(args.out, settings | {"history": progress.history})
+        if time.perf_counter() - saved >= SAVE_EVERY or step == total - 1:
+            progress.save(checkpoint, net, optimizer)
+            saved = time.perf_counter()
+    return progress
 
 
-def evaluate(net: nn.Sequential, x: Tensor, y: Tensor, eps: float, args: argparse.Namespace) -> dict:
-    """Accuracies on test samples, and what masks take away, per layer."""
+def update(
+    net: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    plan: Schedule,
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    done: float,
+    progress: Progress,
+    store: losses.WarmStarts | None,
+) -> dict:
+    """One step of the optimizer; what it saw."""
+    share = share_of_ramp(done, plan)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(done, plan, args.decay)
+    index = torch.randint(0, len(x), (args.batch,))
+    images, labels = augmented(x[index]) if plan.augment else x[index], y[index]
+    found = losses.worst_logits(
+        net,
+        images,
+        labels,
+        plan.train_eps * share,
+        bound=args.bound,
+        steps=plan.power_steps,
+        starts=progress.starts if store is None else store.take(index),
+        sparsity=plan.sparsity,
+    )
+    if store is None:
+        progress.starts = [start.detach() for start in found.starts]
+    else:
+        store.put(index, found.starts)
+    if plan.loss == "gloro":
+        loss = losses.gloro_loss(found, labels)
+    else:
+        loss = losses.bcp_loss(found, labels, 1 - share)
+    if found.sparsity is not None:
+        loss = loss + 0.01 * found.sparsity
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+    optimizer.step()
+    losses.project_thresholds(net)
+    return {
+        "eps": plan.train_eps * share,
+        "loss": loss.item(),
+        "clean": (found.clean.argmax(1) == labels).float().mean().item(),
+        "estimated_robust": (found.worst.argmax(1) == labels).float().mean().item(),
+        "live": [round(one.item(), 4) for one in found.live],
+    }
+
+
+def write(path: Path, result: dict) -> None:
+    path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".part").replace(path)
+
+
+def global_radii(bm: pycert.BoundedModule, x: Tensor, y: Tensor) -> Tensor:
+    """``[B]`` radii certified by the global constants, for the network in real arithmetic; 0 where it errs."""
+    constants = pycert.lipschitz.global_bound(bm).margins
+    gaps = torch.cat(
+        [
+            pycert.margins(bm, pycert.LpBall(some, 0.0, 2), labels, "crown", soundness="real")
+            for some, labels in zip(x.split(100), y.split(100))
+        ]
+    )
+    others = torch.arange(len(constants)).expand(len(y), -1)
+    others = others[others != y[:, None]].view(len(y), -1)
+    return (gaps.double() / constants[y[:, None], others]).amin(1).clamp(min=0)
+
+
+def evaluate(net: nn.Module, x: Tensor, y: Tensor, eps: float, args: argparse.Namespace) -> Iterator[dict]:
+    """Accuracies on test samples, and what masks take away, per layer; one entry at a time, as they are found."""
     net.eval()
     bm = pycert.BoundedModule(net, x[:1])
     x, y = x[: args.samples], y[: args.samples]
-    region = pycert.LpBall(x, eps, 2, (0, 1))
     with torch.no_grad():
-        scores = net(x)
-    found = pycert.attacks.pgd(net, region, y, steps=100, step_size=eps / 4, restarts=1)
-    correct = scores.argmax(1) == y
-    constants = pycert.lipschitz.global_bound(bm)
-    gaps = scores.gather(1, y[:, None]) - scores
-    globally = (gaps > eps * constants.margins[y].float()) | torch.nn.functional.one_hot(
-        y, scores.shape[1]
-    ).bool()
-    local = pycert.certify(bm, x, y, eps, 2, "lipschitz", clip=(0, 1), batch_size=50)
-    some = pycert.lipschitz.local_bound(bm, pycert.LpBall(x[:50], eps, 2, (0, 1)), layers=True)
-    return {
-        "samples": len(x),
-        "eps": eps,
-        "clean": correct.float().mean().item(),
-        "pgd": (correct & ~found.success).float().mean().item(),
-        "certified": local.accuracy,
-        "certified_global": (correct & globally.all(1)).float().mean().item(),
-        "certify_seconds": local.seconds,
-        "global_constant": constants.value,
-        "local_constant_median": some.as_subclass(Tensor).median().item(),
-        "layers": [
-            {
-                "path": layer.path,
-                "eliminated_columns": 1 - layer.live_in,
-                "eliminated_rows": 1 - layer.live_out,
-                "local_over_global": layer.ratio.median().item(),
-            }
-            for layer in some.layers
+        correct = net(x).argmax(1) == y
+    yield {"samples": len(x), "eps": eps, "clean": correct.float().mean().item()}
+    found = pycert.attacks.pgd(
+        net, pycert.LpBall(x, eps, 2, (0, 1)), y, steps=100, step_size=eps / 4, restarts=1
+    )
+    yield {"pgd": (correct & ~found.success).float().mean().item()}
+    radii = global_radii(bm, x, y)
+    grid = [eps * share / 20 for share in range(1, 31)]
+    yield {
+        "global_constant": pycert.lipschitz.global_bound(bm).value,
+        "certified_global": (radii > eps).float().mean().item(),
+        "curve_global": [
+            {"eps": radius, "certified": (radii > radius).float().mean().item()} for radius in grid
         ],
     }
+    curve: list[dict] = []
+    for radius, open_ones in (
+        (eps, correct & ~found.success),
+        (eps / 2, correct),
+    ):  # an attack leaves no certificate
+        found_here = pycert.certify(
+            bm, x[open_ones], y[open_ones], radius, 2, "lipschitz", (0, 1), batch_size=25, cascade=False
+        )
+        curve.append({"eps": radius, "certified": found_here.certified.sum().item() / len(x)})
+        yield {"certified": curve[0]["certified"], "curve": curve}
+        if radius == eps:
+            yield {
+                "layers": {share * eps: layers(bm, x[:20], share * eps) for share in (0.1, 0.25, 0.5, 1.0)}
+            }
+
+
+def layers(bm: pycert.BoundedModule, x: Tensor, eps: float) -> list[dict]:
+    """What masks take away from every affine layer, and what that does to its norm: medians over samples."""
+    found = pycert.lipschitz.local_bound(bm, pycert.LpBall(x, eps, 2, (0, 1)), layers=True)
+    return [
+        {
+            "path": layer.path,
+            "eliminated_columns": 1 - layer.live_in,
+            "eliminated_rows": 1 - layer.live_out,
+            "local_over_global": layer.ratio.median().item(),
+        }
+        for layer in found.layers
+    ]
 
 
 def main() -> None:
@@ -225,30 +329,32 @@ def main() -> None:
     parser.add_argument("--train-eps", type=float)
     parser.add_argument("--samples", type=int, default=1000, help="test samples to certify")
     parser.add_argument(
-        "--store", action=argparse.BooleanOptionalAction, default=True, help="keep warm starts"
+        "--store", action=argparse.BooleanOptionalAction, default=True, help="keep warm starts per sample"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--evaluate", action="store_true", help="evaluate the checkpoint as it is, untrained further"
+    )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
     plan = SCHEDULES[args.network]
     if args.train_eps is not None:
         plan = dataclasses.replace(plan, train_eps=args.train_eps)
+    args.batch = args.batch or plan.batch
     x, y, x_test, y_test = load(args.data)
     net = build(args.network, args.activation, plan.theta, tuple(x.shape[1:]))
-    seconds = train(net, x, y, plan, args)
+    keys = ("network", "activation", "bound", "steps", "batch", "decay", "store", "seed")
+    settings = {key: getattr(args, key) for key in keys} | {"schedule": dataclasses.asdict(plan)}
+    settings["command"] = "python " + shlex.join(sys.argv)
+    progress = train(net, x, y, plan, args, settings)
     torch.save(net.state_dict(), args.out.with_suffix(".pt"))
     torch.set_flush_denormal(False)
-    result = evaluate(net, x_test, y_test, args.eps or plan.test_eps, args)
-    result |= {
-        "network": args.network,
-        "activation": args.activation,
-        "bound": args.bound,
-        "train_seconds": seconds,
-    }
-    result |= {"steps": args.steps, "batch": args.batch or plan.batch, "train_eps": plan.train_eps}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    settings |= {"steps_done": progress.step, "train_seconds": progress.seconds, "history": progress.history}
+    for part in evaluate(net, x_test, y_test, args.eps or plan.test_eps, args):
+        settings |= part
+        write(args.out, settings)
+        print(part, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,3 +303,83 @@ def test_householder_reflects():
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def recipe():
+    path = Path(__file__).parents[1] / "recipes" / "lipschitz.py"
+    spec = importlib.util.spec_from_file_location("lipschitz_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("bound", ["local", "global"])
+def test_the_recipe_writes_as_it_goes_and_resumes(bound, tmp_path, monkeypatch):
+    """Stopped after two of four steps and started again, it ends with the weights of an uninterrupted run."""
+    made = recipe()
+    monkeypatch.setitem(made.NETWORKS, "mnist", ([(4, 4, 4, 0)], [8, 3]))
+    torch.manual_seed(0)
+    x, y = torch.rand(40, 1, 8, 8), torch.randint(0, 3, (40,))
+    command = [
+        "lipschitz.py",
+        "mnist",
+        "--data",
+        "none.npz",
+        "--bound",
+        bound,
+        "--steps",
+        "4",
+        "--batch",
+        "8",
+    ]
+    monkeypatch.setattr(made, "load", lambda path: (x, y, x[:6], y[:6]))
+    flushing = torch.set_flush_denormal
+
+    def run(out: Path) -> dict:
+        monkeypatch.setattr(sys, "argv", [*command, "--no-store", "--out", str(out)])
+        made.main()
+        return json.loads(out.read_text())
+
+    whole = run(tmp_path / "whole.json")
+    update, count = made.update, []
+
+    def stopping(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return update(*arguments)
+
+    monkeypatch.setattr(made, "update", stopping)
+    monkeypatch.setattr(made, "SAVE_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts.json")
+    assert len(json.loads((tmp_path / "parts.json").read_text())["history"]) == 2
+    parts = run(tmp_path / "parts.json")
+    flushing(False)
+    assert [one["step"] for one in parts["history"]] == [0, 1, 2, 3] and len(count) == 5
+    for key in ("clean", "pgd", "certified", "certified_global", "curve", "layers", "global_constant"):
+        assert parts[key] == whole[key], key
+    assert (
+        parts["certified_global"] <= parts["certified"] + 1e-6 <= parts["pgd"] + 2e-6 <= parts["clean"] + 3e-6
+    )
+    first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    "name,activation,shape",
+    [("mnist", "theta", (1, 28, 28)), ("cifar", "theta", (3, 32, 32)), ("cifar", "maxmin", (3, 32, 32)),
+     ("tiny", "relu", (3, 64, 64)), ("tiny", "maxmin", (3, 64, 64))],
+)  # fmt: skip
+def test_recipes_build_the_published_networks(name, activation, shape):
+    made = recipe()
+    plan = made.SCHEDULES[name]
+    net = made.build(name, activation, plan.theta, shape)
+    affine = [type(m).__name__ for m in net if isinstance(m, (nn.Conv2d, nn.Linear))]
+    convolutions, dense = {"mnist": (4, 3), "cifar": (6, 2), "tiny": (8, 2)}[name]
+    assert affine == ["Conv2d"] * convolutions + ["Linear"] * dense
+    x, y = torch.rand(2, *shape), torch.tensor([0, 1])
+    found = losses.worst_logits(net, x, y, plan.test_eps, steps=1, sparsity=plan.sparsity)
+    assert found.clean.shape == (2, 200 if name == "tiny" else 10) and torch.isfinite(found.worst).all()
+    assert (found.sparsity is None) == (plan.sparsity is None)

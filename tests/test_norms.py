@@ -140,6 +140,82 @@ def test_dead_channels_are_dropped():
     assert (value <= 1.1 * exact).all() and (value <= everywhere).all()
 
 
+@pytest.mark.parametrize("number", range(4))
+def test_a_third_of_the_channels_dead_at_random(number):
+    layer, shape = [
+        (nn.Conv2d(24, 32, 3, padding=1), (24, 14, 14)),
+        (nn.Conv2d(24, 32, 4, 2, 1), (24, 16, 16)),
+        (nn.Conv2d(24, 24, 5, padding=2), (24, 12, 12)),
+        (nn.ConvTranspose2d(24, 16, 4, 2, 1), (24, 9, 9)),
+    ][number]
+    conv = conv_of(layer, shape)
+    out = layer(torch.zeros(1, *shape)).shape[1:]
+    torch.manual_seed(number)
+    rows, columns = (
+        (torch.rand(2, n[0]).argsort(1) >= -(-n[0] // 3))[:, :, None, None].expand(2, *n)
+        for n in (out, shape)
+    )
+    weight = layer.weight.detach()
+    exact = power_norm(weight.double(), rows, columns, steps=400, conv=conv).value
+    value = masked_norm(weight, rows, columns, conv=conv).double()
+    assert (value <= 1.1 * exact).all() and (value >= exact).all()
+    assert (value <= masked_norm(weight, conv=conv).double()).all()
+
+
+def downdated(weight: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor | None:
+    return dense.Downdated(weight, weight @ weight.t()).bound(rows, columns)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_downdating_is_sound_and_tight(seed):
+    torch.manual_seed(seed)
+    m = int(torch.randint(1, 40, ()))
+    n = m + int(torch.randint(0, 60, ()))
+    weight = torch.randn(m, n).double() * 10.0 ** torch.randint(-3, 1, (n,))
+    rows = torch.rand(m).double() * (torch.rand(m) < 0.8)
+    columns = 0.5 * (torch.rand(n) < 0.75).double()
+    found = downdated(weight, rows, columns)
+    exact = torch.linalg.matrix_norm(weight * rows[:, None] * columns, 2)
+    assert found is not None and exact * (1 - JUDGE) <= found <= exact * 1.002 + 1e-100
+
+
+def test_downdating_leaves_what_it_would_lose_to_others():
+    torch.manual_seed(0)
+    weight = torch.randn(4, 12).double()
+    weight[:, 0] *= 1e9
+    columns = torch.ones(12).double()
+    columns[0] = 0
+    assert downdated(weight, torch.ones(4).double(), columns) is None
+    exact = torch.linalg.matrix_norm(weight[:, 1:], 2)
+    value = masked_norm(weight, None, columns[None]).item()
+    assert exact <= value <= exact * 1.002
+    assert downdated(weight, torch.ones(4).double(), (torch.arange(12) < 5).double()) is None  # cheaper anew
+    assert downdated(weight, torch.ones(4).double(), torch.rand(12).double()) is None
+
+
+def test_the_charge_of_downdating_is_needed(monkeypatch):
+    """Dead columns far larger than the rest: what subtracting them loses is more than the excess."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(dense, "EXCESSES", (1e-15, 1e-12))
+    below = 0
+    for charged in (True, False):
+        if not charged:
+            monkeypatch.setattr(dense, "product_error", lambda length, is_complex: 0.0)
+            monkeypatch.setattr(dense, "gamma", lambda terms: 0.0)
+        for _ in range(20):
+            weight = torch.randn(3, 40).double()
+            weight[:, :4] *= 2e3
+            columns = torch.ones(40).double()
+            columns[:4] = 0
+            found = downdated(weight, torch.ones(3).double(), columns)
+            if found is None:
+                continue
+            exact = torch.linalg.matrix_norm(weight[:, 4:], 2)
+            assert not charged or found >= exact * (1 - JUDGE)
+            below += not charged and bool(found < exact * (1 - JUDGE))
+    assert below > 0
+
+
 def test_high_effort_is_tight_where_masks_are_scattered():
     layer, shape = nn.Conv2d(16, 16, 3, padding=1), (16, 20, 20)
     conv = conv_of(layer, shape)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pycert import _C
 from pycert.bounded import BoundedModule
+from pycert.lipschitz.states import ThreeState
 from pycert.lipschitz.walk import LayerNorm, Settings, Walk
-from pycert.norms.arithmetic import UP, exact_double, gamma, round_up
+from pycert.norms.arithmetic import UP, dual_norm, exact_double, gamma, root, round_up
 from pycert.regions import Box, LpBall, Region
 
 METHODS = ("gram", "power")
@@ -73,20 +74,20 @@ def _check(p: float, method: str) -> None:
 
 def radius_of(region: Region, p: float) -> tuple[Tensor, Tensor]:
     """A point of the region and how far from it its points are in the p-norm, ``[B]`` float64, rounded up."""
-    lower, upper = region.lower.detach(), region.upper.detach()
+    lower, upper = region.lower, region.upper
     count = lower[0].numel()
     if isinstance(region, LpBall):
         # The nearest point of the box: to project moves no point of the region away from it.
-        centre = torch.minimum(torch.maximum(region.x.detach(), lower), upper)
+        centre = torch.minimum(torch.maximum(region.x, lower), upper)
         grown = max(0.0, (0 if p == math.inf else 1 / p) - (0 if region.p == math.inf else 1 / region.p))
-        return centre, region.eps.detach().double() * (float(count) ** grown * UP) * UP
+        return centre, region.eps.double() * (float(count) ** grown * UP) * UP
     centre = torch.minimum(torch.maximum(lower / 2 + upper / 2, lower), upper)
     reach = torch.maximum(upper.double() - centre.double(), centre.double() - lower.double()).flatten(1) * UP
     if p == math.inf:
         return centre, reach.amax(1)
     if p == 1:
         return centre, reach.sum(1) * (1 + gamma(count + 2))
-    return centre, (reach.square().sum(1) * (1 + gamma(count + 2))).sqrt() * UP
+    return centre, root(reach.square().sum(1) * (1 + gamma(count + 2))) * UP
 
 
 def walk_over(
@@ -107,21 +108,14 @@ def walk_over(
     elif settings.p == 1:
         radius = radii.sum(0) * UP
     else:
-        radius = radii.square().sum(0).sqrt() * UP if len(found) > 1 else radii[0]
+        radius = root(radii.square().sum(0)) * UP if len(found) > 1 else radii[0]
     tensors = bm._tensors()
     options = bm._interval_options(soundness, native_regions[0][0].device)
-    detached = [value.detach() for value in tensors]
-    intervals = _C.IntervalWalk(bm._program, detached, _detached(native_regions), options)
-    centre = _C.IntervalWalk(bm._program, detached, _detached(points), options)
+    intervals = _C.IntervalWalk(bm._program, tensors, native_regions, options)
+    centre = _C.IntervalWalk(bm._program, tensors, points, options)
     walk = Walk(bm.net, bm.graph, tensors, settings, batch, radius, intervals, centre)
     walk.run(last)
     return walk
-
-
-def _detached(regions: list[Any]) -> list[Any]:
-    return [
-        tuple(item.detach() if isinstance(item, Tensor) else item for item in region) for region in regions
-    ]
 
 
 def local_bound(
@@ -132,6 +126,7 @@ def local_bound(
     *,
     effort: str = "normal",
     layers: bool = False,
+    three_state: bool = True,
 ) -> LipschitzBound:
     """A Lipschitz constant of the network on every sample's region.
 
@@ -146,6 +141,8 @@ def local_bound(
             interval boxes alone).
         effort: ``"normal"`` or ``"high"``, of the norms; see :func:`pycert.ops.masked_norm`.
         layers: also collect the norm of every affine layer with and without its masks.
+        three_state: meet the product of norms with the bound that takes neurons that are certainly on for linear
+            (``"gram"`` alone).
 
     Returns:
         :class:`LipschitzBound` ``[B]``, output units over input units, in the dtype of the region.
@@ -155,13 +152,16 @@ def local_bound(
 
     Soundness: outward rounded with ``"gram"``; none with ``"power"``. Gradient: none;
     :mod:`pycert.train.losses` has the trainable bound.
-    Source: Huang et al. 2021, section 3 (rows and columns of constant activations eliminated); docs/lipschitz.md.
+    Source: Huang et al. 2021, section 3 (rows and columns of constant activations eliminated); for the
+    three states see :mod:`pycert.lipschitz.states`; docs/lipschitz.md.
     """
     _check(p, method)
     settings = Settings(float(p), method, effort, False, layers)
     with torch.no_grad():
         walk = walk_over(bm, region, settings, bm.graph.output)
         value = walk.lengths(bm.graph.output).lengths[:, 0]
+        if three_state and method == "gram":
+            value = torch.minimum(value, ThreeState(walk).of_outputs())
     first = region[0] if isinstance(region, tuple) else region
     sound = method == "gram"
     return LipschitzBound.of(round_up(value, first.lower.dtype), sound, float(p), walk.layers)
@@ -200,17 +200,5 @@ def last_layer(bm: BoundedModule) -> tuple[int, Tensor | None]:
     graph = bm.graph
     node = graph.nodes[graph.output]
     if node.op == "linear" and len(node.shape) == 1:
-        return node.inputs[0], bm._tensors()[node.params[0]].detach()
+        return node.inputs[0], bm._tensors()[node.params[0]]
     return graph.output, None
-
-
-def dual_norm(rows: Tensor, p: float) -> Tensor:
-    """At least the norm dual to the p-norm over the last dimension."""
-    count = rows.shape[-1]
-    if p == 1:
-        return rows.abs().amax(-1)
-    if p == math.inf:
-        return rows.abs().sum(-1) * ((1 + gamma(count + 2)) * UP)
-    largest = rows.abs().amax(-1, keepdim=True)
-    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return scaled.square().sum(-1).sqrt() * largest[..., 0] * ((1 + gamma(count + 8)) * UP)

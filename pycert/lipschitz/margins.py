@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pycert.bounded import BoundedModule
-from pycert.lipschitz.bounds import dual_norm, last_layer, radius_of, walk_over
+from pycert.lipschitz.bounds import last_layer, radius_of, walk_over
+from pycert.lipschitz.states import ThreeState
 from pycert.lipschitz.walk import Settings
-from pycert.norms.arithmetic import SMALLEST, UP, exact_double, gamma
+from pycert.norms.arithmetic import SMALLEST, UP, dual_norm, exact_double, gamma, with_gradient
 from pycert.regions import Box, Region
 
 Rows = tuple[Tensor, Tensor | None, int]
@@ -35,7 +36,8 @@ def ball_box_bound(weight: Tensor, lower: Tensor, upper: Tensor, radius: Tensor)
     Source: the projection of Lee et al., "Lipschitz-certifiable training with a tight outer bound", NeurIPS
     2020, in closed form.
     """
-    _, t = torch.ops.pycert.ball_box_maximum(weight, lower, upper, radius)
+    with torch.no_grad():  # at the best multiplier the derivative with respect to it is 0
+        _, t = torch.ops.pycert.ball_box_maximum(weight, lower, upper, radius)
     end = torch.where(weight > 0, upper[:, None, :], lower[:, None, :])
     whole = weight * end  # at least 0
     count = weight.shape[-1]
@@ -44,18 +46,17 @@ def ball_box_bound(weight: Tensor, lower: Tensor, upper: Tensor, radius: Tensor)
     box = torch.where(weight == 0, torch.zeros_like(whole), whole).sum(-1) * charge + slack
     ball = dual_norm(weight, 2.0) * radius[:, None] * UP
     best = torch.minimum(box, torch.where(torch.isnan(ball), box, ball))
-    multiplier = (1 / t)[..., None]
-    top = weight.square() / multiplier / 2
+    multiplier = (1 / torch.where((t > 0) & torch.isfinite(t), t, torch.ones_like(t)))[..., None]
     # Certainly beyond the end: then the parabola rises up to it. Errors of this comparison are far below its slack.
     beyond = end.abs() * multiplier <= weight.abs() * (1 - 1e-10)
+    top = torch.where(beyond, torch.zeros_like(weight), weight).square() / multiplier / 2
     clipped = whole - multiplier * end.square() / 2
     parts = torch.where(
         beyond, torch.minimum(clipped * (1 + 8 * 2.0**-53) + whole * 8 * 2.0**-53, whole), top
     )
     parts = torch.where(weight == 0, torch.zeros_like(parts), parts)
     dual = (multiplier[..., 0] * radius[:, None].square() / 2 + parts.sum(-1)) * charge + slack
-    usable = torch.isfinite(dual) & (t > 0) & torch.isfinite(t)
-    return torch.where(usable, torch.minimum(best, dual), best)
+    return torch.where(torch.isfinite(dual), torch.minimum(best, dual), best)
 
 
 def bounds_of_rows(
@@ -85,13 +86,17 @@ def bounds_of_rows(
     reach = value.lengths[:, 0] * walk.radius * UP
     table, count = _table(bm, rows, batch)
     centre: list[Region] = [Box(point, point) for point, _ in (radius_of(one, p) for one in given)]
-    at_centre = bm._point_bounds(centre, rows, soundness)
+    # The real network's value: how far an execution may be from it, there and elsewhere, is in the second lengths.
+    at_centre = bm._point_bounds(centre, rows, "real")
     through, rounding = _through(table, weight)
     if p == 2:
         change = [ball_box_bound(sign * through, low, high, reach) for sign in (-1, 1)]
     else:
         ball = dual_norm(through, p) * reach[:, None] * UP
         change = [torch.minimum(ball, _box_maximum(sign * through, low, high)) for sign in (-1, 1)]
+    # |C (f(x) - f(c))| is also at most K_C r with the three-state constant of the row, rounding of C W included.
+    whole = ThreeState(walk).of_rows(table) * walk.radius[:, None] * UP
+    change = [torch.minimum(part, whole) for part in change]
     size = dual_norm(through, p)
     extra = rounding * reach[:, None]
     if deployed:
@@ -122,7 +127,7 @@ def _table(bm: BoundedModule, rows: Rows | None, batch: int) -> tuple[Tensor, in
         return torch.eye(outputs, dtype=torch.float64).expand(batch, outputs, outputs), outputs
     table, source, count = rows
     chosen = table if source is None else table[source]
-    return chosen.detach().double().view(batch, count, outputs), count
+    return chosen.double().view(batch, count, outputs), count
 
 
 def _through(table: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -146,4 +151,5 @@ def _step_out(value: Tensor, sign: int, dtype: torch.dtype) -> Tensor:
     end = torch.full((), sign * math.inf, dtype=torch.float64)
     value = value + sign * value.abs() * 2.0**-50
     value = torch.where(torch.isnan(value), end, value)
-    return torch.nextafter(value.to(dtype), end.to(dtype))
+    value = value.to(dtype)
+    return with_gradient(torch.nextafter(value.detach(), end.to(dtype)), value)

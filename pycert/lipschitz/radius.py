@@ -42,7 +42,7 @@ def certified_radius(
     with torch.no_grad():
         zero = x.new_zeros(x.shape[0])
         certified = zero.clone()
-        lowest = margins(bm, LpBall(x, zero, p, clip), y, method="lipschitz", soundness=soundness)
+        lowest = margins(bm, LpBall(x, zero, p, clip), y, method="crown", soundness=soundness)
         constants = global_bound(bm, p).margins.to(x.device)
         classes = constants.shape[0]
         others = torch.arange(classes, device=x.device).expand(x.shape[0], classes)

@@ -129,3 +129,91 @@ def largest_slope(op: str, lower: Tensor, upper: Tensor, attrs: dict[str, Any]) 
     """Of one activation over ``[lower, upper]`` (infinite ends are taken), elementwise; None where it is not known."""
     rule = _SLOPES.get(op)
     return None if rule is None else rule(lower.double(), upper.double(), attrs)
+
+
+def slope_range(op: str, lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Least and largest slope of one activation over ``[lower, upper]``, elementwise; None where they are not known.
+
+    Points at an end of the interval count with all their Clarke slopes, those from outside as well: a ReLU at 0 has
+    ``[0, 1]``. Where nothing better is known the range is ``[-s, s]`` with the largest magnitude ``s``.
+    """
+    lower, upper = lower.double(), upper.double()
+    rule = _RANGES.get(op)
+    if rule is not None:
+        return rule(lower, upper, attrs)
+    largest = largest_slope(op, lower, upper, attrs)
+    return None if largest is None else (-largest, largest)
+
+
+def _relu_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return (lower > 0).double(), (upper >= 0).double()
+
+
+def _abs_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return 2 * (lower > 0).double() - 1, 2 * (upper >= 0).double() - 1
+
+
+def _clamp_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    low, high = attrs.get("min", -math.inf), attrs.get("max", math.inf)
+    return ((lower > low) & (upper < high)).double(), ((upper >= low) & (lower <= high)).double()
+
+
+def _leaky_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    slope = attrs["slope"]
+    slope = slope.double() if isinstance(slope, Tensor) else torch.tensor(float(slope), dtype=torch.float64)
+    left, right = slope.to(lower.device).expand_as(lower), torch.ones_like(lower)
+    least, most = torch.minimum(left, right), torch.maximum(left, right)
+    least = torch.where(lower > 0, right, torch.where(upper < 0, left, least))
+    return least, torch.where(lower > 0, right, torch.where(upper < 0, left, most))
+
+
+def _bell_range(largest: Callable[..., Tensor]) -> Any:
+    """Of sigmoids, whose slope falls with the distance from 0."""
+
+    def found(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        far = _largest(lower, upper)
+        least = largest(far, far, attrs) * (1 - 4e-9) - 4e-15
+        return least.clamp(min=0), largest(lower, upper, attrs)
+
+    return found
+
+
+def _softplus_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return torch.sigmoid(lower) * (1 - 1e-9), _softplus(lower, upper, attrs)
+
+
+def _elu_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    alpha = float(attrs.get("alpha", 1.0))
+    largest = _elu(lower, torch.where(upper == 0, upper + 1e-300, upper), attrs)
+    if alpha < 0:
+        return -largest, largest
+    left = alpha * torch.exp(lower.clamp(max=0)) * (1 - 1e-9)
+    one = torch.ones_like(lower)
+    return torch.where(lower > 0, one, torch.where(upper < 0, left, torch.minimum(left, one))), largest
+
+
+def _curved_range(highest: float, second: float, derivative: Callable[[Tensor], Tensor]) -> Any:
+    """As :func:`_curved`, on both sides of the slope at the middle."""
+
+    def found(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        middle = derivative(lower / 2 + upper / 2)
+        reach = second * (upper - lower) / 2 * _SLACK + middle.abs() * 1e-9 + 1e-12
+        least, most = (torch.nan_to_num(middle + sign * reach, nan=sign * highest) for sign in (-1, 1))
+        return least.clamp(-highest, highest), most.clamp(-highest, highest)
+
+    return found
+
+
+_RANGES: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor]]] = {
+    "relu": _relu_range,
+    "abs": _abs_range,
+    "clamp": _clamp_range,
+    "leaky_relu": _leaky_range,
+    "prelu": _leaky_range,
+    "sigmoid": _bell_range(_sigmoid),
+    "tanh": _bell_range(_tanh),
+    "softplus": _softplus_range,
+    "elu": _elu_range,
+    "silu": _curved_range(1.0999, 0.5001, _silu_slope),
+    "gelu": _curved_range(1.1290, 0.7980, _gelu_slope),
+}

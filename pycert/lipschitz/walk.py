@@ -20,7 +20,7 @@ from pycert.graph import Graph
 from pycert.graph.ir import ACTIVATIONS, Node
 from pycert.lipschitz.blocks import known_blocks
 from pycert.lipschitz.slopes import ELEMENTARY, largest_slope
-from pycert.norms.arithmetic import UP, exact_double, gamma
+from pycert.norms.arithmetic import UP, exact_double, gamma, root, with_gradient
 from pycert.norms.bounds import cached, upper_norm
 from pycert.norms.operator import Geometry, Operator
 from pycert.ops.norm import power_norm
@@ -133,13 +133,21 @@ class Walk:
             found = self.values[i] = self._value(i)
         return found
 
+    def varies(self, i: int) -> bool:
+        """Whether node ``i`` depends on the input at all."""
+        return self._varies[i]
+
+    def is_resolved(self, i: int) -> bool:
+        """Whether :meth:`lengths` of node ``i`` costs nothing more."""
+        return i in self._resolved
+
     def size(self, i: int) -> Tensor:
         """Largest magnitude of every element, ``[B, *shape]`` float64; infinite without a region."""
         box = self.boxes[i]
         if box is None:
             shape = self.graph.nodes[i].shape
             return torch.full((1, *shape), math.inf, dtype=torch.float64)
-        return torch.maximum(box[0].detach().double().abs(), box[1].detach().double().abs())
+        return torch.maximum(box[0].double().abs(), box[1].double().abs()).detach()
 
     def _value(self, i: int) -> Value:
         node = self.graph.nodes[i]
@@ -223,7 +231,7 @@ class Walk:
             if box is not None
             else (torch.full((1, *shape), -math.inf), torch.full((1, *shape), math.inf))
         )
-        found = largest_slope(node.op, ends[0].detach(), ends[1].detach(), attrs)
+        found = largest_slope(node.op, *ends, attrs)
         if found is None:
             raise UnsupportedBound(f"method 'lipschitz' has no slopes for '{node.op}' at '{node.path}'")
         noise = None
@@ -296,9 +304,12 @@ class Walk:
         s = self.settings
         if s.method == "power":
             conv: Any = operator.geometry
-            value = power_norm(operator.weight.detach(), rows, columns, steps=100, conv=conv).value
+            value = power_norm(operator.weight.detach(), _flag(rows), columns, steps=100, conv=conv).value
         else:
-            value = upper_norm(operator, rows, columns, s.p, s.effort)
+            with torch.no_grad():
+                value = upper_norm(operator, _flag(rows), columns, s.p, s.effort)
+            if torch.is_grad_enabled():
+                value = with_gradient(value.double(), plain_norm(operator, rows, columns, s.p))
         return value.double()
 
     def _everywhere(self, i: int, operator: Operator) -> Tensor:
@@ -316,13 +327,15 @@ class Walk:
         if rows is not None:
             rows = rows.expand(batch, *node.shape)
         everywhere = self._everywhere(i, operator)
+        if torch.is_grad_enabled() and self.settings.method == "gram":
+            everywhere = with_gradient(everywhere, plain_norm(operator, None, None, self.settings.p)[0])
         if node.op == "linear" and len(node.shape) > 1:  # the same matrix for every position
             largest = 1.0 if rows is None else rows.flatten(1).amax(1)
             norm = everywhere * largest * UP
         elif rows is None and (columns is None or bool(columns.all())):
             norm = everywhere.expand(batch)
         else:
-            norm = self._norm(operator, _flag(rows), columns).expand(batch)
+            norm = self._norm(operator, rows, columns).expand(batch)
         live = None if rows is None else rows > 0
         if self.settings.layers:
             share_in = 1.0 if columns is None else columns.double().mean().item()
@@ -334,14 +347,22 @@ class Walk:
     def _affine_noise(self, i: int) -> Tensor:
         """What an execution may err in one affine layer, elementwise: ``gamma_{n+12} (|W| |a| + |b|)`` and underflow.
 
-        n + 2 roundings of the sum and the bias, and ten for a BatchNorm that may have been folded in.
+        n + 2 roundings of the sum and the bias, and ten for a BatchNorm that may have been folded in. ``|W| |a|`` is at
+        most what the box gives, and with the centre's value ``c`` at most ``|W| |c| + ||W_k||_q (K r + E)``.
         """
         node = self.graph.nodes[i]
         operator = self._operator(i)
         size = self.size(node.inputs[0])
         weight = exact_double(operator.weight).abs()
         wide = operator.with_weight(weight)
-        product = wide.apply(size) * (1 + gamma(operator.terms() + 3)) * UP
+        charge = (1 + gamma(operator.terms() + 3)) * UP
+        product = wide.apply(size) * charge
+        around = self.centres[node.inputs[0]]
+        if around is not None:
+            middle = torch.maximum(around[0].double().abs(), around[1].double().abs()).detach()
+            away = self._reach(node.inputs[0]).detach().view(-1, *[1] * len(node.shape))
+            norms = self._norms_of_rows(i).detach().view(-1, *[1] * (0 if node.op == "linear" else 2))
+            product = torch.minimum(product, (wide.apply(middle) * charge + norms * away * UP) * UP)
         bias = self._optional_param(i, 1)
         if bias is not None:
             product = product + exact_double(bias).abs().view(-1, *([1] * (0 if node.op == "linear" else 2)))
@@ -361,29 +382,40 @@ class Walk:
         node = self.graph.nodes[i]
         if node.op == "linear" and len(node.shape) > 1:
             return
-        source = self.lengths(node.inputs[0]).lengths
-        assert self.radius is not None
-        reach = (source[:, 0] * self.radius * UP + source[:, 1]) * UP
+        reach = self._reach(node.inputs[0])
         around = self.centres[i]
         box = self.boxes[i]
         assert around is not None and box is not None
-        norms = cached(
-            self._param(i, 0),
-            ("rows", self.settings.p),
-            lambda: _row_norms(self._operator(i), self.settings.p),
-        )
+        norms = self._norms_of_rows(i)
         view = (1, -1, *[1] * (len(node.shape) - 1))
         slack = reach.view(-1, *[1] * len(node.shape)) * norms.view(view) * UP
         noise = self.value(i).noise
         if noise is not None:
             slack = slack + noise
-        low = (around[0].detach().double() - slack) - 1e-300
-        high = (around[1].detach().double() + slack) + 1e-300
+        low = (around[0].double() - slack) - 1e-300
+        high = (around[1].double() + slack) + 1e-300
         lower, upper = box
         low, high = _outward(low, high, lower.dtype)
-        low, high = torch.maximum(lower.detach(), low), torch.minimum(upper.detach(), high)
+        low, high = torch.maximum(lower, low), torch.minimum(upper, high)
         self.boxes[i] = (low, high)
         self.intervals.set_box(i, low, high)
+
+    def _reach(self, i: int) -> Tensor:
+        """``[B]``: how far value ``i``, of the network or of an execution, may be from its value at the centre."""
+        lengths = self.lengths(i).lengths
+        assert self.radius is not None
+        return (lengths[:, 0] * self.radius * UP + lengths[:, 1]) * UP
+
+    def _norms_of_rows(self, i: int) -> Tensor:
+        """At least ``||W_k||_q`` with the dual q of p, for every output (channel) of affine node ``i``."""
+        norms = cached(
+            self._param(i, 0),
+            ("rows", self.settings.p),
+            lambda: _row_norms(self._operator(i), self.settings.p),
+        )
+        if torch.is_grad_enabled():
+            norms = with_gradient(norms, _row_norms(self._operator(i), self.settings.p))
+        return norms
 
     # ---- the other affine operators, pooling, joining ----------------------------------------------------
 
@@ -504,7 +536,7 @@ class Walk:
             lengths = stacked.sum(0) * (1 + gamma(len(parts) + 2)) * UP
         else:
             lengths = (
-                (stacked.square().sum(0) * (1 + gamma(len(parts) + 4))).sqrt() * UP
+                root(stacked.square().sum(0) * (1 + gamma(len(parts) + 4))) * UP
                 if len(parts) > 1
                 else parts[0]
             )
@@ -522,7 +554,7 @@ class Walk:
         elif p == 1:
             size = flat.sum(1) * (1 + gamma(flat.shape[1]))
         else:
-            size = (flat.square().sum(1) * (1 + gamma(flat.shape[1] + 2))).sqrt() * UP
+            size = root(flat.square().sum(1) * (1 + gamma(flat.shape[1] + 2))) * UP
         return torch.stack([lengths[:, 0], (lengths[:, 1] + size) * UP], 1)
 
     def _param(self, i: int, k: int) -> Tensor:
@@ -530,7 +562,7 @@ class Walk:
 
     def _optional_param(self, i: int, k: int) -> Tensor | None:
         params = self.graph.nodes[i].params
-        return self.tensors[params[k]].detach().double() if k < len(params) and params[k] >= 0 else None
+        return self.tensors[params[k]].double() if k < len(params) and params[k] >= 0 else None
 
     def _single(self) -> bool:
         box = self.boxes[0]
@@ -599,6 +631,26 @@ def _flag(rows: Tensor | None) -> Tensor | None:
     return rows > 0 if bool(((rows == 0) | (rows == 1)).all()) else rows
 
 
+def plain_norm(operator: Operator, rows: Tensor | None, columns: Tensor | None, p: float) -> Tensor:
+    """``||D W S||_p`` in plain arithmetic, with a gradient: for p = 2 that of ``v^T D W S u`` at singular vectors."""
+    batch = next((len(mask) for mask in (rows, columns) if mask is not None), 1)
+    wide = operator.with_weight(operator.weight.double())
+    right = columns.double() if columns is not None else wide.weight.new_ones(batch, *operator.input_shape)
+    left = rows.double() if rows is not None else wide.weight.new_ones(batch, *operator.output_shape)
+    if p != 2:
+        absolute = wide.with_weight(wide.weight.abs())
+        sums = absolute.apply_adjoint(left) * right if p == 1 else absolute.apply(right) * left
+        return sums.flatten(1).amax(1)
+    with torch.no_grad():
+        conv: Any = operator.geometry
+        vector = power_norm(wide.weight, left, right, steps=60, conv=conv).vector * right
+    image = left * wide.apply(vector)
+    with torch.no_grad():
+        size = torch.linalg.vector_norm(vector.flatten(1), dim=1).clamp(min=1e-300)
+        top = torch.nn.functional.normalize(image.flatten(1), dim=1, eps=1e-300) / size[:, None]
+    return (top * image.flatten(1)).sum(1)
+
+
 def _row_norms(operator: Operator, p: float) -> Tensor:
     """At least ``||W_k||_q`` of every output (every output channel) with the dual q of p; float64."""
     weight = exact_double(operator.weight).abs()
@@ -615,16 +667,17 @@ def _row_norms(operator: Operator, p: float) -> Tensor:
         return flat.sum(1) * charge
     largest = flat.amax(1, keepdim=True)
     scaled = flat / torch.where(largest > 0, largest, torch.ones_like(largest))
-    return scaled.square().sum(1).sqrt() * largest[:, 0] * charge * UP + 1e-300
+    return root(scaled.square().sum(1)) * largest[:, 0] * charge * UP + 1e-300
 
 
 def _outward(low: Tensor, high: Tensor, dtype: torch.dtype) -> Box:
-    a, b = low.to(dtype), high.to(dtype)
-    infinity = torch.full_like(a, math.inf)
-    # One step further than needed, for the roundings of the float64 formula.
-    return torch.nextafter(torch.nextafter(a, -infinity), -infinity), torch.nextafter(
-        torch.nextafter(b, infinity), infinity
-    )
+    infinity = torch.full_like(low, math.inf, dtype=dtype)
+    ends = []
+    for end, towards in ((low.to(dtype), -infinity), (high.to(dtype), infinity)):
+        # One step further than needed, for the roundings of the float64 formula.
+        further = torch.nextafter(torch.nextafter(end.detach(), towards), towards)
+        ends.append(with_gradient(further, end))
+    return ends[0], ends[1]
 
 
 def _depends_on_input(graph: Graph) -> list[bool]:

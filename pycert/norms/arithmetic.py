@@ -31,7 +31,9 @@ def gamma(terms: float) -> float:
 
 
 def exact_double(value: Tensor) -> Tensor:
-    """``|value|`` and signs in float64, exactly, also where the processor reads subnormal float32 as zero."""
+    """The value in float64, exactly, also where the processor reads subnormal float32 as zero; with its gradient."""
+    if torch.is_grad_enabled() and value.requires_grad:
+        return with_gradient(exact_double(value.detach()), value.double())
     value = value.detach()
     if value.dtype != torch.float32:
         return value.double()
@@ -43,6 +45,24 @@ def exact_double(value: Tensor) -> Tensor:
         tiny = magnitude.double() * 2.0**-149 * torch.where(bits < 0, -1.0, 1.0).double()
         wide = torch.where(subnormal, tiny, wide)
     return wide
+
+
+def with_gradient(value: Tensor, plain: Tensor) -> Tensor:
+    """``value``, a rounded form of ``plain``, with the gradient of ``plain``."""
+    if not (torch.is_grad_enabled() and plain.requires_grad):
+        return value
+    change = plain - plain.detach()  # 0, or NaN where plain is not finite
+    return value.detach() + torch.where(torch.isfinite(plain), change, torch.zeros_like(change))
+
+
+def root(value: Tensor) -> Tensor:
+    """Square roots whose gradient at 0 is 0, not infinite."""
+    if not (torch.is_grad_enabled() and value.requires_grad):
+        return value.sqrt()
+    positive = value > 0
+    return torch.where(
+        positive, torch.where(positive, value, torch.ones_like(value)).sqrt(), value.detach().sqrt()
+    )
 
 
 def exponent_of(largest: Tensor) -> Tensor:
@@ -86,3 +106,15 @@ def frobenius(value: Tensor) -> Tensor:
     count = parts.shape[-1] * parts.shape[-2]
     bound = (total * (1 + gamma(count + 8)) + count * SMALLEST).sqrt() * UP
     return torch.where((parts == 0).all(-1).all(-1), torch.zeros_like(bound), bound)
+
+
+def dual_norm(rows: Tensor, p: float) -> Tensor:
+    """At least the norm dual to the p-norm over the last dimension."""
+    count = rows.shape[-1]
+    if p == 1:
+        return rows.abs().amax(-1)
+    if p == math.inf:
+        return rows.abs().sum(-1) * ((1 + gamma(count + 2)) * UP)
+    largest = rows.abs().amax(-1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, torch.ones_like(largest))
+    return root(scaled.square().sum(-1)) * largest[..., 0] * ((1 + gamma(count + 8)) * UP)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pycert.norms.arithmetic import UP, exact_double, exponent_of, gamma, round_up, scaled_back, times_power
 from pycert.norms.band import Band
-from pycert.norms.dense import norm_bound
+from pycert.norms.dense import Downdated, norm_bound
 from pycert.norms.frequency import frequency_bound
 from pycert.norms.operator import Operator
 
@@ -144,7 +144,7 @@ def _spectral(masks: Masks, effort: str) -> Tensor:
     first, inverse = _distinct(rows, columns, masks.batch)
     some_rows = None if rows is None else rows[first]
     some_columns = None if columns is None else columns[first]
-    found = _masked(operator, some_rows, some_columns, best[first], effort)
+    found = _masked(operator, some_rows, some_columns, best[first], effort, masks.owner)
     return torch.minimum(best, found[inverse])
 
 
@@ -172,10 +172,15 @@ def _distinct(rows: Tensor | None, columns: Tensor | None, batch: int) -> tuple[
 
 
 def _masked(
-    operator: Operator, rows: Tensor | None, columns: Tensor | None, best: Tensor, effort: str
+    operator: Operator,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    best: Tensor,
+    effort: str,
+    owner: Tensor,
 ) -> Tensor:
     if operator.geometry is None:
-        return _matrix_norms(operator.weight, rows, columns, best, BUDGETS[effort][0])
+        return _linear_norms(operator.weight, rows, columns, best, BUDGETS[effort][0], owner)
     out, inside = operator.output_shape, operator.input_shape
     size = best.new_tensor([1.0])
     for n in (*out, *inside):
@@ -203,6 +208,28 @@ def _bands(operator: Operator) -> list[Band]:
     channels, height, width = geometry.input_shape
     alone = dataclasses.replace(geometry, groups=1, input_shape=(channels // geometry.groups, height, width))
     return [Band(Operator(part, alone)) for part in operator.weight.chunk(geometry.groups)]
+
+
+def _linear_norms(
+    weight: Tensor, rows: Tensor | None, columns: Tensor | None, best: Tensor, budget: float, owner: Tensor
+) -> Tensor:
+    """By a Gram matrix that is kept with the weight where the columns' mask removes less than half, else anew."""
+    if weight.shape[0] > weight.shape[1]:
+        weight, rows, columns = weight.t(), columns, rows
+    if weight.shape[0] ** 3 > budget:
+        return _matrix_norms(weight, rows, columns, best, budget)
+    kept = Downdated(weight, cached(owner, "gram matrix", lambda: weight @ weight.t()))
+    best = best.clone()
+    for b in range(best.shape[0]):
+        row, column = (
+            weight.new_ones(size) if mask is None else mask[b]
+            for size, mask in zip(weight.shape, (rows, columns))
+        )
+        found = kept.bound(row, column)
+        if found is None:
+            found = _matrix_norms(weight, row[None], column[None], best[b : b + 1], budget)[0]
+        best[b] = torch.minimum(best[b], found)
+    return best
 
 
 def _matrix_norms(
@@ -295,7 +322,8 @@ def cached(owner: Tensor, key: Any, compute: Any) -> Tensor:
     found = entry[1].get(key)
     if found is not None and found[0].shape == owner.shape and torch.equal(found[0], owner.detach()):
         return found[1]
-    value: Tensor = compute()
+    with torch.no_grad():
+        value: Tensor = compute()
     entry[1][key] = (owner.detach().clone(), value)
     return value
 

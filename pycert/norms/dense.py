@@ -138,6 +138,43 @@ def eigenvalue_bound(matrix: Tensor, error: Tensor, common: bool = False) -> Ten
     return (times_power((best + underflow) * UP, exponent) + error) * UP
 
 
+class Downdated:
+    """``||D_r W D_c||_2`` for one matrix and many masks: ``W W^T`` once, less what the dead columns gave.
+
+    Args:
+        weight: ``[m, n]`` float64 of about 1, ``m <= n``.
+        gram: ``weight @ weight.t()`` as computed.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor) -> None:
+        self.weight, self.gram = weight, gram
+        self.row_squares = gram.diagonal() * (1 + gamma(2 * weight.shape[1] + 4))
+
+    def bound(self, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """For a diagonal ``[m]`` and one ``[n]`` of zeros and a single other value; None for others, and where to start
+        anew costs less or loses less."""
+        dead = (columns == 0).nonzero().flatten()
+        factor = columns.amax()
+        if 2 * dead.numel() > columns.numel() or bool(((columns != 0) & (columns != factor)).any()):
+            return None
+        live = rows.nonzero().flatten()
+        if live.numel() == 0:
+            return self.weight.new_zeros(())
+        part = self.weight[live[:, None], dead]
+        squares = self.row_squares[live].sum() * (1 + gamma(live.numel()))
+        # Both products err by gamma_{n+2} |.||.|^T, of norm at most the squared Frobenius norm; so do the difference
+        # and the two roundings of the scaling.
+        error = 2 * (product_error(columns.numel(), False) + gamma(8)) * squares * UP
+        gram = self.gram[live[:, None], live] - part @ part.t()
+        scale = rows[live]
+        largest = scale.amax()
+        gram = gram * (scale[:, None] * scale)
+        error = error * largest.square() * UP + live.numel() ** 2 * columns.numel() * 8 * SMALLEST
+        if not bool(error <= 1e-8 * gram.diagonal().amax()):
+            return None  # the dead columns were nearly all of the matrix
+        return (eigenvalue_bound(gram[None], error[None])[0] * UP).sqrt() * factor * UP * UP
+
+
 def norm_bound(matrix: Tensor) -> Tensor:
     """Upper bounds of ``||matrix||_2`` for explicit ones; ``[b, m, n]``, float64 or complex128, to ``[b]``.
 
