@@ -203,7 +203,8 @@ def tables(records: list[dict[str, Any]], remark: str) -> dict[str, Any]:
         made.append({"title": net, "columns": columns, "rows": rows})
     notes = [f"Published for mnist_6_100: {name} {what}." for name, what in PUBLISHED.items()]
     notes += [
-        "What crown, alpha-crown or krelu certifies is not bounded again by the methods after them (lp-triangle: crown, alpha-crown).",
+        "What crown, alpha-crown or krelu certifies is not bounded again by the methods after them "
+        "(lp-triangle: crown, alpha-crown).",
         "lp+krelu goes on where krelu ends, with more groups, rows and steps, and linear programs at the end.",
         "Images are bounded in the order of their margins by the method before: those left out have the worst.",
     ]
