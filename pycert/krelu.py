@@ -72,17 +72,17 @@ def octahedral_bounds(
         ],
         dtype=torch.int64,
     ).reshape(len(groups), len(half))
-    spec = like.new_zeros(max(len(rows), 1), width)
+    spec = torch.zeros(max(len(rows), 1), width, dtype=like.dtype)
     for key, number in rows.items():
         for neuron, sign in key:
             spec[number, neuron] += sign
-    found = _truncated(bm, node).bound(region, method, spec=spec, **options)
+    found = _truncated(bm, node).bound(region, method, spec=spec.to(like.device), **options)
     assert found.lower is not None and found.upper is not None
     up, down = found.upper.detach()[:, numbers], found.lower.detach()[:, numbers]  # [B, G, half]
     b = torch.cat([-down.flip(-1), up], dim=-1)
     unit = torch.eye(k, dtype=like.dtype)
     at = [int((half == e).all(1).nonzero()) for e in unit]
-    A = (-directions).expand(*b.shape, k)
+    A = (-directions).to(b.device).expand(*b.shape, k)
     return Octahedra(down[..., at], up[..., at], A, b)
 
 
