@@ -1,6 +1,7 @@
 """What benchmarks/gpu_suite.py runs on the GPU: small cases for the sanitizers, and the figures of the issue.
 
     python -m benchmarks.gpu_cases small            # every kernel once, on shapes with ragged ends
+    python -m benchmarks.gpu_cases choices          # both ways to form products, for pycert/gpu_choices.json
     python -m benchmarks.gpu_cases measure FILE     # figures as lines of JSON, each written as soon as it is known
 
 Times are medians of CUDA events around calls that were warmed up; "plain" runs with TF32 off. Roofs are the card's own
@@ -37,7 +38,11 @@ FIGURES = {
     "crown, auto_LiRPA / pycert, dm_medium, batch 32": "4x",
     "crown, cnn7_bn, batch 1": "runs",
     "back-substitution step 8192 rows through 2048x2048: share of roof": "50 %",
+    "k-ReLU hulls, k = 3": "1e5 groups/s",
+    "masked power iteration, cifar 6C2F's widest convolution, batch 64 / two convolutions a step": "not slower",
 }
+#: Rows, terms and columns at which both ways to form a product are timed.
+SHAPES = [(64, 512, 512), (256, 4096, 4096), (1024, 784, 1024), (8192, 2048, 2048), (32768, 256, 3072)]
 
 
 # ---- sanitizers -----------------------------------------------------------------------------------------------------
@@ -71,6 +76,83 @@ def small_cases(device: str) -> int:
                 (bounds.upper - bounds.lower).sum().backward()
             count += 1
     return count
+
+
+def family_cases(device: str) -> int:
+    """The norm, ball-and-box and k-ReLU families on ragged shapes; returns how many calls were made."""
+    import pycert
+    from pycert.ops.norm import power_norm
+    from pycert.train import losses
+
+    torch.manual_seed(0)
+    count = 0
+    conv, hidden, last = nn.Conv2d(3, 5, 3, 2, 1), nn.Linear(125, 7), nn.Linear(7, 4)
+    net = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), hidden, nn.ReLU(), last).to(device)
+    x, y = torch.rand(5, 3, 9, 9, device=device), torch.arange(5, device=device) % 4
+    losses.bcp_loss(losses.worst_logits(net, x, y, 0.2), y).backward()
+    count += 1
+    for dtype in (torch.float32, torch.float64):
+        weight = torch.randn(5, 3, 3, 2, dtype=dtype, device=device, requires_grad=True)
+        rows = torch.rand(4, 5, 7, 8, dtype=dtype, device=device)
+        columns = torch.rand(4, 3, 9, 9, device=device) < 0.5
+        power_norm(weight, rows, columns, steps=2, conv=dict(input_shape=(3, 9, 9))).value.sum().backward()
+        for k in (1, 2, 3, 4):
+            lower, upper = (
+                -torch.rand(9, k, dtype=dtype, device=device),
+                torch.rand(9, k, dtype=dtype, device=device),
+            )
+            A = -pycert.ops.octahedral_directions(k, dtype).to(device).expand(9, -1, -1)
+            b = torch.where(A > 0, -A * lower.unsqueeze(1), -A * upper.unsqueeze(1)).sum(2) * 0.9
+            rows_found, number = pycert.ops.krelu_hull(lower, upper, A, b, max_rows=20, pivots=20)
+            assert rows_found.isfinite().all() and (number > 0).all()
+            count += 1
+        count += 1
+    return count
+
+
+# ---- which way ------------------------------------------------------------------------------------------------------
+
+
+def choice_times() -> Iterator[dict[str, Any]]:
+    """Seconds of every product's two ways at SHAPES, as pycert/_choices.py keeps them."""
+    import pycert
+
+    operators = torch.ops.pycert
+    for dtype, (m, k, n) in itertools.product((torch.float32, torch.float64), SHAPES):
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=dtype, device="cuda")  # noqa: B023 - called at once
+
+        rows, weight, wide = random(m, k), random(k, n), random(n, k)
+        samples = torch.zeros(m, dtype=torch.int64, device="cuda")
+        slopes = [random(1, k).abs() for _ in range(4)]
+        line = (*slopes, None, None, None)
+        dense = [1, 0, 0, 0, 0, 0, 0]
+
+        def product() -> None:
+            operators.rows_product(rows, weight, None, None, None)  # noqa: B023
+
+        def boxes() -> None:
+            pycert.ops.interval_linear(rows, rows, wide)  # noqa: B023
+
+        def at_once() -> None:
+            operators.relax_product(rows, None, 2**62, samples, [1, 1, k], *line, weight, None, None, 0)  # noqa: B023
+
+        def in_steps() -> None:
+            relaxed, _ = operators.relax_rows(rows, None, 2**62, samples, None, dense, [1, 1, k], *line)  # noqa: B023
+            operators.rows_product(relaxed.view(m, k), weight, None, None, None)  # noqa: B023
+
+        plain = [("product", product, product), ("dual_product", boxes, boxes)]
+        for name, own, other in [*plain, ("relax_product", at_once, in_steps)]:
+            found = {}
+            for way, call in (("own", own), ("other", other)):
+                # a table that makes the way in question the faster one everywhere
+                forced = (name, dtype == torch.float64, (m, k, n), 1.0, 0.5 if way == "other" else 2.0)
+                pycert._C.set_choices("cuda", [forced])
+                found[way] = seconds(call, 0.3)
+            pycert._C.set_choices("cuda", [])
+            yield {"operator": name, "dtype": str(dtype).removeprefix("torch."), "shape": [m, k, n], **found}
+        torch.cuda.empty_cache()
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -135,6 +217,31 @@ def back_substitution_figure() -> Iterator[dict[str, Any]]:
     mine = seconds(lambda: product(rows, weight, None, None, None))
     roofs = pycert.profiling.measured_roofs("cuda", torch.float32, torch.get_num_threads())
     yield figure(list(FIGURES)[8], 2 * 8192 * 2048**2 / mine / roofs.rate, "%", pycert=mine, rate=roofs.rate)
+
+
+def family_figures() -> Iterator[dict[str, Any]]:
+    """Hulls of triples like those of a layer's neurons, and power iteration under random masks."""
+    import pycert
+    from pycert.ops.norm import power_norm
+
+    groups = 20_000
+    A = -pycert.ops.octahedral_directions(3, torch.float32).cuda()
+    spread = torch.randn(groups, 3, 8, device="cuda")
+    middle = 0.3 * torch.randn(groups, 3, device="cuda")
+    directions = -A @ spread  # the limits of an affine layer over a box of eight inputs
+    b = (-A @ middle.unsqueeze(2)).squeeze(2) + 0.4 * directions.abs().sum(2)
+    reach = 0.4 * spread.abs().sum(2)
+    time_here = seconds(
+        lambda: pycert.ops.krelu_hull(middle - reach, middle + reach, A.expand(groups, -1, -1), b), 4
+    )
+    yield figure(list(FIGURES)[9], groups / time_here, "groups/s", pycert=time_here)
+    weight, steps = torch.randn(64, 64, 3, 3, device="cuda"), 4
+    masks = torch.rand(2, 64, 64, 16, 16, device="cuda") < 0.5
+    image = torch.randn(64, 64, 16, 16, device="cuda")
+    conv = dict(input_shape=(64, 16, 16), padding=1)
+    mine = seconds(lambda: power_norm(weight, masks[0], masks[1], steps=steps, conv=conv))
+    plain = seconds(lambda: nn.functional.conv2d(image, weight, padding=1)) * (2 * steps + 1)
+    yield figure(list(FIGURES)[10], mine / plain, "x", plain=plain, pycert=mine)
 
 
 def training_figures(peers: list[str]) -> Iterator[dict[str, Any]]:
@@ -221,7 +328,7 @@ def measure(path: pathlib.Path, peers: list[str]) -> None:
             print(row, flush=True)
 
         write({"about": {"device": about_device(), "commit": results.commit()}})
-        groups = [interval_figures, back_substitution_figure]
+        groups = [interval_figures, back_substitution_figure, family_figures]
         for group in [*groups, lambda: training_figures(peers), lambda: crown_figures(peers)]:
             try:
                 for row in group():
@@ -234,7 +341,7 @@ def measure(path: pathlib.Path, peers: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the small cases or the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cases")
-    parser.add_argument("what", choices=("small", "measure"))
+    parser.add_argument("what", choices=("small", "choices", "measure"))
     parser.add_argument("file", type=pathlib.Path, nargs="?", help="of the figures")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
     args = parser.parse_args(arguments)
@@ -244,8 +351,13 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("PYCERT_CUDA_UNTESTED", "1")
     libraries.add_peers(args.peer)
     if args.what == "small":
-        print(small_cases("cuda"), "small cases done")
+        print(small_cases("cuda") + family_cases("cuda"), "small cases done")
         torch.cuda.synchronize()
+    elif args.what == "choices":
+        from pycert import _choices
+
+        _choices.save(torch.cuda.get_device_name(), list(choice_times()))
+        print("written:", _choices.PATH)
     elif args.file is None:
         parser.error("measure needs a file")
     else:

@@ -3,7 +3,8 @@
     python -m benchmarks.gpu_suite [--out FOLDER] [--minutes 10] [--peer auto_LiRPA=PATH]
 
 Builds pycert in place against the torch that runs it, then `pytest -m cuda`, compute-sanitizer's memcheck and
-racecheck on a small case, and the benchmarks, each against the roofs that the card shows in the same run. Needs no
+racecheck on small cases, the times that choose between pycert's kernels and the library's (written to
+pycert/gpu_choices.json), and the benchmarks, each against the roofs that the card shows in the same run. Needs no
 network. Stages share the time given: what no longer fits is left out and said so. Results go to FOLDER (default
 benchmarks/results) as gpu.json and gpu.md; figures that were not measured are written as such, never guessed.
 """
@@ -20,10 +21,18 @@ import sys
 import time
 from typing import Any
 
+import torch
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOT_MEASURED = "not yet measured on a GPU"
 #: Stage: most seconds it may take, and whether a failure ends the run.
-STAGES = {"build": (420, True), "tests": (150, False), "sanitizer": (90, False), "benchmarks": (200, False)}
+STAGES = {
+    "build": (420, True),
+    "tests": (150, False),
+    "sanitizer": (90, False),
+    "choices": (45, False),
+    "benchmarks": (200, False),
+}
 
 
 def build_command() -> list[str]:
@@ -147,8 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
         "build": [build_command()],
         "tests": [test_command()],
         "sanitizer": sanitizer_commands(),
+        "choices": [[sys.executable, "-m", "benchmarks.gpu_cases", "choices"]],
         "benchmarks": [measure_command(figures, args.peer)],
     }
+    if not torch.cuda.is_available():
+        print(f"no GPU: torch {torch.__version__} sees none; what needs one fails and stays {NOT_MEASURED!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     figures.unlink(missing_ok=True)
     for name in args.only:

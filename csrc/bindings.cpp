@@ -14,6 +14,7 @@
 
 #include "cpu/kernels.h"
 #include "engine/context.h"
+#include "ops/choices.h"
 #include "ops/device.h"
 #include "ops/record.h"
 #include "ops/testing.h"
@@ -366,6 +367,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   });
   m.def("untested_cuda_kernels", &untested_cuda_kernels, "CUDA kernels that never ran on a GPU");
+  using Way = std::tuple<std::string, bool, std::array<int64_t, 3>, double, double>;
+  m.def("set_choices", [](const std::string& device, const std::vector<Way>& all) {
+    std::vector<MeasuredWays> measured;
+    for (const auto& [name, is_double, shape, own, other] : all)
+      measured.push_back({name, is_double ? at::kDouble : at::kFloat, shape, own, other});
+    set_choices(c10::Device(device).type(), std::move(measured));
+  });
   m.def("testing_replace_kernels", [](uintptr_t for_float, uintptr_t for_double) {
     replace_cpu_kernels(reinterpret_cast<const DeviceKernels<float>*>(for_float),
                         reinterpret_cast<const DeviceKernels<double>*>(for_double));

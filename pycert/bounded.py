@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pycert import _C, _flags, activations
+from pycert import _C, _choices, _flags, activations
 from pycert.graph import Graph, trace
 from pycert.ops.relaxation import SLOPES
 from pycert.options import INTERMEDIATES, METHODS, SIDES, SOUNDNESS, Options, memory_bytes, parse
@@ -547,6 +547,8 @@ def _check_device(device: torch.device) -> None:
             f"region is on {device}, but this build of pycert is without CUDA kernels: install a torch with CUDA and "
             "the CUDA toolkit and build pycert again (PYCERT_CUDA=1 says what is missing)"
         )
+    if device.type == "cuda":
+        _choices.load()
 
 
 def _hidden_slots(graph: Graph) -> list[int]:

@@ -74,6 +74,18 @@ def tables() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
+def captured() -> Iterator[None]:
+    """As `replaced`, and the engine believes that its calls are recorded into a graph, so that nothing may wait."""
+    library = ctypes.CDLL(str(build()))
+    library.pycert_shim_set_captured(ctypes.c_bool(True))
+    try:
+        with replaced():
+            yield
+    finally:
+        library.pycert_shim_set_captured(ctypes.c_bool(False))
+
+
+@contextlib.contextmanager
 def replaced() -> Iterator[None]:
     """Within it pycert's operators on the CPU run the bodies of the CUDA kernels."""
     _C.testing_replace_kernels(*tables())

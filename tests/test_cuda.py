@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import pycert
+from hulls import FAMILIES, ExactHull, box_of, limits
 from pycert import _C
 from test_cuda_host import CONVOLUTIONS, EXTENT, NETS, WINDOWS, boxes, draw, lines, rounding, rows_of
+from test_krelu import as_dtype
 
 OPS = torch.ops.pycert
 DTYPES = [torch.float32, torch.float64]
@@ -215,7 +218,7 @@ def test_work_goes_to_the_current_stream():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
 def test_methods_without_waiting_are_captured_in_a_graph(method):
     bm, x = bounded("conv", torch.float32, "cuda")
     lower, upper = (x - 0.05).clone(), (x + 0.05).clone()
@@ -253,6 +256,34 @@ def test_running_out_of_memory_halves_the_chunks():
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
     compare((expected,), (found,), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_power_iteration_and_ball_and_box(dtype):
+    weight, rows = draw(4, 3, 3, 2, seed=1, dtype=dtype), draw(2, 4, 7, 8, seed=2, dtype=dtype) > 0
+    columns, start = draw(2, 3, 9, 9, seed=3, dtype=dtype).abs(), draw(2, 3, 9, 9, seed=4, dtype=dtype)
+    geometry = ([2, 3, 9, 9], [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    expected, found = on_both(OPS.masked_power, weight, rows, columns, start, 4, 5, True, *geometry)
+    compare(expected[:1], found[:1], 1e-4 if dtype == torch.float32 else 1e-9)
+    centres, spread = draw(6, 5, 2, 3, seed=5, dtype=dtype), draw(3, 5, 2, 3, seed=6, dtype=dtype).abs()
+    reach, norm, theta = (draw(*s, seed=7, dtype=dtype).abs() for s in ((3,), (5,), (5, 2, 3)))
+    compare(*on_both(OPS.ball_box_relu, centres, spread, reach, norm, theta), 0)
+    lower, upper = -draw(3, 40, seed=8, dtype=dtype).abs(), draw(3, 40, seed=9, dtype=dtype).abs()
+    expected, found = on_both(OPS.ball_box_maximum, draw(3, 4, 40, seed=10, dtype=dtype), lower, upper, reach)
+    compare(expected[:1], found[:1], 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("k", "count"), [(1, 24), (2, 60), (3, 60), (4, 12)])
+def test_no_row_of_a_hull_is_violated(k, count, dtype):
+    """In exact arithmetic, over all families of tests/hulls.py."""
+    rng = np.random.default_rng(k)
+    chosen = [as_dtype(limits(rng, FAMILIES[i % len(FAMILIES)], k), dtype) for i in range(count)]
+    lower, upper = (torch.tensor(np.stack(t), dtype=dtype, device="cuda") for t in zip(*map(box_of, chosen), strict=True))  # fmt: skip
+    A = -pycert.ops.octahedral_directions(k, dtype).cuda().expand(count, -1, -1)
+    rows, number = pycert.ops.krelu_hull(lower, upper, A, torch.tensor(np.stack(chosen), dtype=dtype).cuda())
+    for limit, mine, n in zip(chosen, rows.cpu().double().numpy(), number.tolist(), strict=True):
+        assert ExactHull(limit).violated(mine[:n]) == 0
 
 
 def test_tensors_on_two_devices_are_refused():

@@ -15,18 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pycert
 from test_cuda_host import NETS
 
-#: Methods that never wait for the device. `crown` waits once a layer: for how many neurons are unstable.
-WITHOUT_WAITING = ["ibp", "crown-ibp", "forward"]
+#: Methods that never wait for the device; `crown` where a layer's rows are few enough to make all of them.
+WITHOUT_WAITING = ["ibp", "crown-ibp", "forward", "crown"]
 
 
-def run(net, shape, p, method, within=None):
+def run(net, shape, p, method, within=None, memory="1GiB"):
     bm = pycert.BoundedModule(net, torch.empty(1, *shape))
     with FakeTensorMode(allow_non_fake_inputs=True):
         lower = torch.empty(2, *shape, device="cuda")
         eps = torch.empty(2, device="cuda")
         region = (lower, lower + 1, lower, eps, p, False) if p else (lower, lower + 1, None, None, 0, False)
         native = bm._native(
-            method, pycert.options.parse(method, {"memory": "1GiB"}, ()), False, torch.device("cpu")
+            method, pycert.options.parse(method, {"memory": memory}, ()), False, torch.device("cpu")
         )
         parameters = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in bm.graph.tensors()]
         with within or contextlib.nullcontext():
@@ -66,15 +66,32 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("p", [0, 2])
 @pytest.mark.parametrize("name", NETS)
-def test_crown_waits_once_a_layer_and_once_for_its_centres(name, p):
+def test_crown_waits_once_a_layer_where_rows_are_many(name, p):
+    """More than the memory that it may use, here: then it asks how many are unstable, and nothing else."""
     net, x = NETS[name]()
     waits = Waits()
     with torch.no_grad():
-        for bound in run(net, x.shape[1:], p, "crown", within=waits):
+        for bound in run(net, x.shape[1:], p, "crown", within=waits, memory="1KiB"):
             assert bound.device.type == "cuda"
     # a layer whose intervals are exact has no rows; over a ball all rows of the first layer are walked
     assert waits.asked.count("nonzero") == {"dense": 1, "conv": 2, "residual": 1}[name]
-    assert waits.asked.count("_local_scalar_dense") == 1
+    assert waits.asked.count("_local_scalar_dense") == 0
+
+
+@pytest.mark.parametrize("p", [0, 2])
+def test_bounds_of_the_loss_stay_on_the_device(p):
+    """fused_loss: one row a sample, whose coefficients come from the margins' intervals."""
+    net, x = NETS["dense"]()
+    bm = pycert.BoundedModule(net, torch.empty(1, *x.shape[1:]))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        lower = torch.empty(2, 8, device="cuda")
+        region = (lower, lower + 1, lower, torch.empty(2, device="cuda"), p, False) if p else (lower, lower + 1, None, None, 0, False)  # fmt: skip
+        options = pycert.options.parse("crown-ibp", {"memory": "1GiB"}, ())
+        native = bm._native("crown-ibp", options, False, torch.device("cpu"))
+        parameters = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in bm.graph.tensors()]
+        spec = (torch.empty(6, 4, device="cuda"), None, 3)
+        loss = bm._program.loss_bound(parameters, [region], native, spec)
+    assert loss.device.type == "cuda" and loss.shape == (2,)
 
 
 def test_parameters_on_another_device_are_named():

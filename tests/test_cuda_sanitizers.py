@@ -22,7 +22,11 @@ SANITIZERS = {
 }
 
 
-def build(folder: Path, flags: list[str], *first: Path) -> Path:
+#: The programs of tests/cpp; together they run every kernel.
+PROGRAMS = ("test_cuda_kernels", "test_cuda_families")
+
+
+def build(folder: Path, flags: list[str], *first: Path, name: str = PROGRAMS[0]) -> Path:
     program = folder / "test"
     command = [
         host_kernels.compiler(),
@@ -35,7 +39,7 @@ def build(folder: Path, flags: list[str], *first: Path) -> Path:
     ]
     command += ["-DPYCERT_HOST_SHIM", "-DPYCERT_SHIM_THREADS", *flags, *(f"-I{path}" for path in first)]
     command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/cpp'}", f"-isystem{ROOT / 'tests/cpp/stubs'}"]
-    command += ["-Wno-unknown-pragmas", str(ROOT / "tests/cpp/test_cuda_kernels.cpp"), "-o", str(program)]
+    command += ["-Wno-unknown-pragmas", str(ROOT / f"tests/cpp/{name}.cpp"), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 and "cannot find" in done.stderr:
         pytest.skip("this compiler has no sanitizer libraries")
@@ -53,9 +57,10 @@ def run(program: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("name", SANITIZERS)
-def test_kernels_are_clean(name, tmp_path):
-    done = run(build(tmp_path, SANITIZERS[name]))
+def test_kernels_are_clean(name, program, tmp_path):
+    done = run(build(tmp_path, SANITIZERS[name], name=program))
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "all kernels agree" in done.stdout
 
@@ -69,4 +74,18 @@ def test_a_missing_barrier_is_a_race(tmp_path):
     assert text.count(barrier) == 1
     (mutated / "tile.cuh").write_text(text.replace(barrier, barrier.splitlines(keepends=True)[0]))
     done = run(build(tmp_path, SANITIZERS["thread"], tmp_path))
+    assert done.returncode != 0 and "data race" in done.stderr
+
+
+def test_a_missing_barrier_of_a_warp_is_a_race(tmp_path):
+    """Without the one between writing a vertex of a hull and reading it."""
+    mutated = tmp_path / "cuda"
+    mutated.mkdir()
+    text = (ROOT / "csrc/cuda/krelu_simplex.cuh").read_text()
+    barrier = "      to[lane] = sum;\n    }\n    __syncwarp();\n"
+    assert text.count(barrier) == 1
+    (mutated / "krelu_simplex.cuh").write_text(
+        text.replace(barrier, barrier.replace("    __syncwarp();\n", ""))
+    )
+    done = run(build(tmp_path, SANITIZERS["thread"], tmp_path, name=PROGRAMS[1]))
     assert done.returncode != 0 and "data race" in done.stderr

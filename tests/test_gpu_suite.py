@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import host_kernels
+import pycert
 from benchmarks import gpu_cases, gpu_suite
+from pycert import _C, _choices
 
 
 def test_without_a_gpu_nothing_is_measured_or_made_up(tmp_path, capsys):
@@ -47,3 +49,34 @@ def test_the_small_cases_run_through_the_kernels_on_the_host():
     """What the sanitizers will see on the GPU runs to its end on the same kernel bodies."""
     with host_kernels.replaced():
         assert gpu_cases.small_cases("cpu") == 60
+
+
+def test_the_cases_of_other_families_run_through_the_kernels_on_the_host():
+    with host_kernels.replaced():
+        assert gpu_cases.family_cases("cpu") == 11
+
+
+def test_choices_are_kept_for_the_card_they_were_measured_on(tmp_path):
+    path = tmp_path / "choices.json"
+    assert _choices.ways("card", path) == [], "nothing was measured: pycert's own kernels"
+    one = {"operator": "product", "dtype": "float64", "shape": [4, 5, 6], "own": 2.0, "other": 1.0}
+    _choices.save("card", [one], path)
+    assert _choices.ways("card", path) == [("product", True, (4, 5, 6), 2.0, 1.0)]
+    assert _choices.ways("another", path) == []
+
+
+def test_error_bounds_cover_both_ways_where_a_product_may_go_either():
+    """A row so long that the library's blocks are the longer chain: the charge grows, and the bound stays sound."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2000), torch.nn.ReLU(), torch.nn.Linear(2000, 1))  # fmt: skip
+    bm, x = pycert.BoundedModule(net, torch.zeros(1, 3)), torch.rand(1, 3)
+    region = pycert.LpBall(x, eps=0.1)
+    with torch.no_grad(), host_kernels.replaced():
+        own = bm.bound(region, method="crown")
+        try:
+            _C.set_choices("cpu", [("product", False, (1, 2000, 4), 2.0, 1.0), ("dual_product", False, (9, 9, 9), 2.0, 1.0)])  # fmt: skip
+            either = bm.bound(region, method="crown")
+        finally:
+            _C.set_choices("cuda", [])
+    assert (either.upper - either.lower > own.upper - own.lower).all()
+    torch.testing.assert_close(either.lower, own.lower, rtol=1e-2, atol=1e-2)

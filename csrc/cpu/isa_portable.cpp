@@ -11,6 +11,7 @@
 #include "core/ballbox.h"
 #include "core/interval.h"
 #include "core/krelu.h"
+#include "core/random.h"
 #include "core/relaxation_lines.h"
 #include "cpu/kernels.h"
 

@@ -46,7 +46,10 @@ inline constexpr Kernels<T> kTable = {prepare<T>,
                                       ball_box_maximum<T>,
                                       krelu_hull<T>,
                                       nullptr,
-                                      false};
+                                      false,
+                                      nullptr,
+                                      nullptr,
+                                      nullptr};
 
 const Kernels<float>& float_kernels() { return kTable<float>; }
 const Kernels<double>& double_kernels() { return kTable<double>; }

@@ -91,6 +91,7 @@ struct DualConvolutionArgs {
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, groups;
   bool transposed;
   const EnclosureArgs<T>* enclosure = nullptr;  // as in DualProductArgs
+  const int64_t* sample = nullptr;              // [B], as in RowMap, where the images are rows of coefficients
 };
 
 // The box of l_inf balls, cut by [low, high]: core/interval.h, linf_box.
@@ -166,9 +167,10 @@ struct ProductArgs {
   int64_t segments;
   const int64_t* rows;  // [segments + 1]: first row of each, and M
   int64_t inner, columns;
-  const int64_t* live;     // columns of A that count, segment by segment; null: all
-  const int64_t* starts;   // [segments + 1] into `live`
-  int64_t total_rows = 0;  // M, for devices whose `rows` the host cannot read; there null means one segment
+  const int64_t* live;              // columns of A that count, segment by segment; null: all
+  const int64_t* starts;            // [segments + 1] into `live`
+  int64_t total_rows = 0;           // M, for devices whose `rows` the host cannot read; there null means one segment
+  const int64_t* sample = nullptr;  // as in RowMap, for devices that leave rows out
 };
 
 inline constexpr int64_t kProductBlock = 32;
@@ -217,7 +219,7 @@ struct RowMap {
   int64_t count = 0;                // Q
   const int64_t* source = nullptr;  // [Q]
   int64_t negative_from = INT64_MAX;
-  const int64_t* sample = nullptr;    // [Q]
+  const int64_t* sample = nullptr;    // [Q]; other devices than the processor leave out rows of a negative one
   const int64_t* position = nullptr;  // [Q, 2], for windows
 };
 
@@ -266,6 +268,20 @@ struct ConcretizeArgs {
   int norm;                // 0: box, 1, 2: ball with that p
   double* value;           // [Q]
   double* magnitude;       // [Q] sum of |terms|, or null
+};
+
+// Rows through an activation and through the affine layer that feeds it, at once: the relaxed rows are never written.
+// Where `end.value` is set, the rows that come out are concretised and not written either.
+inline constexpr int64_t kEndColumns = 128;  // columns of RelaxProductArgs::partial that share a place
+
+template <typename T>
+struct RelaxProductArgs {
+  RelaxArgs<T> relax;  // dense rows; its `out` is not used
+  const T* weight;     // [n, columns]
+  int64_t columns;
+  T* out;                 // [Q, columns], or null
+  ConcretizeArgs<T> end;  // over `columns` elements; its rows and their layout are not used
+  double* partial;        // [3, ceil(columns / kEndColumns), Q] scratch, with `end`
 };
 
 // Copies rows into another layout, adding where asked.
@@ -413,7 +429,9 @@ struct KreluArgs {
   T* rows;               // [G, R, 1 + 2k], zero
   int64_t* count;        // [G]
   int64_t groups, k, rows_given, point_count, rows_out;
-  int64_t pivots;  // steps of the simplex method, for groups whose facets are not all visited
+  int64_t pivots;           // steps of the simplex method, for groups whose facets are not all visited
+  void* scratch = nullptr;  // where Kernels::krelu_scratch: that many bytes for each of the `slots` groups at a time
+  int64_t slots = 0;
 };
 
 template <typename T>
@@ -447,8 +465,11 @@ struct Kernels {
   void (*ball_box_backward)(const BallBoxBackwardArgs<T>&);
   void (*ball_box_maximum)(const BallBoxMaximumArgs<T>&);
   void (*krelu_hull)(const KreluArgs<T>&);
-  void (*convolve)(const DualConvolutionArgs<T>&);  // null: ATen's is faster
-  bool fuses_enclosure;                             // products of boxes also form the enclosure
+  void (*convolve)(const DualConvolutionArgs<T>&);    // null: ATen's is faster
+  bool fuses_enclosure;                               // products of boxes also form the enclosure
+  int64_t (*krelu_scratch)(int64_t k);                // bytes that krelu_hull needs for a group; null: none
+  void (*relax_product)(const RelaxProductArgs<T>&);  // null: in two steps
+  bool (*is_captured)();  // whether calls are recorded into a graph, where the host must not wait; null: never
 };
 
 // The table of the instruction set in use: the widest the processor has, or PYCERT_ISA=portable|avx2|avx512.

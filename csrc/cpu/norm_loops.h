@@ -46,13 +46,6 @@ void mask_scale(const MaskScaleArgs<T>& a) {
   });
 }
 
-inline uint64_t random_bits(uint64_t counter) {  // splitmix64 (Steele, Lea and Flood 2014)
-  uint64_t z = counter * 0x9e3779b97f4a7c15ull;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return z ^ (z >> 31);
-}
-
 // x = start * scale + amplitude * (a random sign).
 template <typename T>
 void mix_signs(const MixSignsArgs<T>& a) {
@@ -62,7 +55,7 @@ void mix_signs(const MixSignsArgs<T>& a) {
       T* x = a.x + b * a.count;
       const T scale = T(a.scale[b]), amplitude = T(a.amplitude[b]);
       for (int64_t k = 0; k < a.count; k += 64) {
-        const uint64_t bits = random_bits(a.seed + uint64_t(b) * 0x100000001ull + uint64_t(k / 64) + 1);
+        const uint64_t bits = random_signs(a.seed, b, k / 64);
         const int64_t last = std::min<int64_t>(64, a.count - k);
         for (int64_t j = 0; j < last; ++j) {
           const T noise = (bits >> j & 1) ? amplitude : -amplitude;

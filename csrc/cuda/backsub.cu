@@ -1,61 +1,15 @@
 // Steps of back-substitution on rows of coefficients. A team of threads owns a row; sums run in double, as on the CPU.
-#include "core/backsub.h"
 #include "cuda/kernels.h"
-#include "cuda/layout.cuh"
+#include "cuda/relax.cuh"
 
 namespace pycert::cuda {
 
 namespace {
 
-struct Sums {
-  double value = 0, magnitude = 0, error = 0;
-};
-
-template <int kTeam>
-__device__ inline Sums total(const Sums& mine) {
-  return {combine<kTeam>(mine.value, Add()), combine<kTeam>(mine.magnitude, Add()), combine<kTeam>(mine.error, Add())};
-}
-
-__device__ inline void add_term(Sums& sums, double term) {
-  sums.value += term;
-  sums.magnitude += std::abs(term);
-}
-
 template <typename T, int kTeam>
 __global__ void __launch_bounds__(kThreads) relax_kernel(const cpu::RelaxArgs<T> a) {
-  const int64_t n = numel_of(a.extent);
   for_rows<kTeam>(a.map.count, [&](int64_t q, int lane) {
-    const Layout layout(a.window, a.extent, a.map, q);
-    const int size = layout.size();
-    const T sign = sign_of<T>(a.map, q);
-    const T* rows = a.rows + source_of(a.map, q) * size;
-    T* out = a.out + q * size;
-    const int64_t base = a.map.sample[q] * n, lower_base = a.lower_row == nullptr ? base : a.lower_row[q] * n;
-    Sums sums;
-#pragma unroll 2
-    for (int k = lane; k < size; k += kTeam) {
-      const int index = layout.index_of(k);
-      if (index < 0) {
-        out[k] = T(0);
-        continue;
-      }
-      const T row = sign * rows[k];
-      const bool positive = row >= T(0);
-      const int64_t at = base + index, lower_at = lower_base + index;
-      const T low = a.lower_slope[lower_at], high = a.upper_slope[at], high_at = a.upper_intercept[at];
-      const T low_at = a.lower_intercept == nullptr ? T(0) : a.lower_intercept[lower_at];
-      const T z = row * (positive ? low : high);
-      out[k] = z;
-      add_term(sums, weigh(double(row), double(positive ? low_at : high_at)));
-      if (a.bias != nullptr) add_term(sums, double(z) * double(a.bias[index]));
-      if (a.error != nullptr) sums.error += double(std::abs(z)) * double(a.charge[at]);
-    }
-    sums = total<kTeam>(sums);
-    if (lane != 0) return;
-    a.constant[q] += sums.value;
-    if (a.error == nullptr) return;
-    a.magnitude[q] += sums.magnitude;
-    a.error[q] += sums.error;
+    if (!is_left_out(a.map.sample, q)) relax_row<kTeam, true>(a, q, lane);
   });
 }
 
@@ -63,6 +17,7 @@ template <typename T, int kTeam>
 __global__ void __launch_bounds__(kThreads) dot_kernel(const cpu::DotArgs<T> a) {
   const int64_t n = numel_of(a.extent);
   for_rows<kTeam>(a.map.count, [&](int64_t q, int lane) {
+    if (is_left_out(a.map.sample, q)) return;
     const Layout layout(a.window, a.extent, a.map, q);
     const int size = layout.size();
     const T* rows = a.rows + source_of(a.map, q) * size;
@@ -87,12 +42,13 @@ template <typename T, int kTeam>
 __global__ void __launch_bounds__(kThreads, 4) concretize_kernel(const cpu::ConcretizeArgs<T> a) {
   const int64_t n = numel_of(a.extent);
   for_rows<kTeam>(a.map.count, [&](int64_t q, int lane) {
+    if (is_left_out(a.map.sample, q)) return;
     const Layout layout(a.window, a.extent, a.map, q);
     const int size = layout.size();
     const T sign = sign_of<T>(a.map, q);
     const T* rows = a.rows + source_of(a.map, q) * size;
     const int64_t sample = a.map.sample[q], base = sample * n;
-    Sums sums;  // `error` holds the dual norm: the sum of squares (p = 2), or the largest coefficient (p = 1)
+    Sums sums;
     for (int k = lane; k < size; k += kTeam) {
       const int index = layout.index_of(k);
       if (index < 0) continue;
@@ -102,29 +58,18 @@ __global__ void __launch_bounds__(kThreads, 4) concretize_kernel(const cpu::Conc
         add_term(sums, weigh(double(row), double(end)));
         continue;
       }
-      add_term(sums, double(row) * double(a.centre[base + index]));
-      const double magnitude = std::abs(double(row));
-      if (a.norm == 2)
-        sums.error += magnitude * magnitude;
-      else if (sums.error < magnitude)
-        sums.error = magnitude;
+      add_ball_term(sums, a.norm, double(row), double(a.centre[base + index]));
     }
     const double norm = a.norm == 1 ? combine<kTeam>(sums.error, Larger()) : combine<kTeam>(sums.error, Add());
-    double value = combine<kTeam>(sums.value, Add()), magnitude = combine<kTeam>(sums.magnitude, Add());
-    if (lane != 0) return;
-    if (a.norm != 0) {
-      const double reach = weigh(a.norm == 2 ? euclidean_norm<T>(norm) : norm, double(a.eps[sample]));
-      value -= reach;
-      magnitude += reach;
-    }
-    a.value[q] = value;
-    if (a.magnitude != nullptr) a.magnitude[q] = magnitude;
+    sums = {combine<kTeam>(sums.value, Add()), combine<kTeam>(sums.magnitude, Add()), norm};
+    if (lane == 0) write_end(a, q, sample, sums);
   });
 }
 
 template <typename T, int kTeam>
 __global__ void __launch_bounds__(kThreads) relayout_kernel(const cpu::RelayoutArgs<T> a) {
   for_rows<kTeam>(a.map.count, [&](int64_t q, int lane) {
+    if (is_left_out(a.map.sample, q)) return;
     const Layout from(a.from, a.extent, a.map, q), to(a.to, a.extent, a.map, q);
     const int size = to.size();
     const T sign = sign_of<T>(a.map, q);

@@ -74,6 +74,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t across = (a.batch * pixels + Shape::kColumns - 1) / Shape::kColumns;
   for (int64_t tile = blockIdx.x; tile < across * down * a.groups; tile += gridDim.x) {
     const int64_t group = tile / (across * down), rest = tile % (across * down);
+    if (a.sample != nullptr) {  // no pixel of a row that is wanted
+      const int64_t sample = (rest / down * Shape::kColumns + threadIdx.x) / pixels;
+      const bool wanted = threadIdx.x < Shape::kColumns && sample < a.batch && a.sample[sample] >= 0;
+      if (combine<kThreads>(wanted ? 1 : 0, Larger()) == 0) continue;
+    }
     Shape::run(count, rest % down * Shape::kRows, rest / down * Shape::kColumns,
                WeightOperand<T>{a, group, channels, count, taps}, PixelOperand<T>{a, group, count, int(taps)},
                [&](int64_t row, int64_t column, const T(&value)[kDual ? 2 : 1]) {

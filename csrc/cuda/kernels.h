@@ -54,6 +54,8 @@ cudaError_t product(const cpu::ProductArgs<T>& a, cudaStream_t stream);
 template <typename T>
 cudaError_t relax(const cpu::RelaxArgs<T>& a, cudaStream_t stream);
 template <typename T>
+cudaError_t relax_product(const cpu::RelaxProductArgs<T>& a, cudaStream_t stream);
+template <typename T>
 cudaError_t dot(const cpu::DotArgs<T>& a, cudaStream_t stream);
 template <typename T>
 cudaError_t concretize(const cpu::ConcretizeArgs<T>& a, cudaStream_t stream);
@@ -67,6 +69,27 @@ template <typename T>
 cudaError_t relayout_backward(const cpu::RelayoutBackwardArgs<T>& a, cudaStream_t stream);
 template <typename T>
 cudaError_t ascend(const cpu::AscendArgs<T>& a, cudaStream_t stream);
+
+// ---- norms, ball and box ---------------------------------------------------------------------------------------
+
+template <typename T>
+cudaError_t mask_scale(const cpu::MaskScaleArgs<T>& a, cudaStream_t stream);
+template <typename T>
+cudaError_t mix_signs(const cpu::MixSignsArgs<T>& a, cudaStream_t stream);
+cudaError_t pack_bits(const bool* mask, uint8_t* bits, int64_t batch, int64_t count, cudaStream_t stream);
+template <typename T>
+cudaError_t ball_box(const cpu::BallBoxArgs<T>& a, cudaStream_t stream);
+template <typename T>
+cudaError_t ball_box_backward(const cpu::BallBoxBackwardArgs<T>& a, cudaStream_t stream);
+template <typename T>
+cudaError_t ball_box_maximum(const cpu::BallBoxMaximumArgs<T>& a, cudaStream_t stream);
+
+// ---- k-ReLU ----------------------------------------------------------------------------------------------------
+
+// Bytes of scratch memory for each of KreluArgs::slots groups of k.
+int64_t krelu_scratch(int64_t k);
+template <typename T>
+cudaError_t krelu_hull(const cpu::KreluArgs<T>& a, cudaStream_t stream);
 
 // ---- relaxation: arguments as in csrc/cpu/relaxation.h ---------------------------------------------------------
 

@@ -21,6 +21,9 @@ __device__ inline T sign_of(const RowMap& map, int64_t q) {
   return q >= map.negative_from ? T(-1) : T(1);
 }
 
+// Whether the row is left out; null: none is.
+__device__ inline bool is_left_out(const int64_t* sample, int64_t q) { return sample != nullptr && sample[q] < 0; }
+
 __device__ inline int64_t numel_of(const Extent& e) { return e.channels * e.height * e.width; }
 
 // The layout of one row. Element k is (c, y, x) of the window, that is pixel (top + y, left + x) of channel c; what

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const cpu::ProductArg
   const int64_t down = (a.total_rows + Shape::kRows - 1) / Shape::kRows + (a.rows == nullptr ? 0 : a.segments);
   for (int64_t tile = blockIdx.x; tile < across * down; tile += gridDim.x) {
     const TileOfRows t = find_tile(a.rows, a.segments, a.total_rows, tile / across, Shape::kRows);
-    if (t.from >= t.to) continue;
+    if (t.from >= t.to || all_left_out(a.sample, t.from, t.to, Shape::kRows)) continue;
     const int64_t* index = a.live == nullptr ? nullptr : a.live + a.starts[t.segment];
     const int64_t count = a.live == nullptr ? a.inner : a.starts[t.segment + 1] - a.starts[t.segment];
     Shape::run(count, t.from, tile % across * Shape::kColumns, RowsOperand<T>{a.a, index, t.to, count, a.inner},

@@ -33,6 +33,7 @@ struct TableOf {
     t.main.charge = on_stream<&charge<T>>;
     t.main.product = on_stream<&product<T>>;
     t.main.relax = on_stream<&relax<T>>;
+    t.main.relax_product = on_stream<&relax_product<T>>;
     t.main.dot = on_stream<&dot<T>>;
     t.main.concretize = on_stream<&concretize<T>>;
     t.main.relayout = on_stream<&relayout<T>>;
@@ -41,6 +42,15 @@ struct TableOf {
     t.main.relayout_backward = on_stream<&relayout_backward<T>>;
     t.main.ascend = on_stream<&ascend<T>>;
     t.main.fuses_enclosure = true;
+    t.main.mask_scale = on_stream<&mask_scale<T>>;
+    t.main.mix_signs = on_stream<&mix_signs<T>>;
+    t.main.pack_bits = Whole<&pack_bits, const bool*, uint8_t*, int64_t, int64_t>::run;
+    t.main.ball_box = on_stream<&ball_box<T>>;
+    t.main.ball_box_backward = on_stream<&ball_box_backward<T>>;
+    t.main.ball_box_maximum = on_stream<&ball_box_maximum<T>>;
+    t.main.krelu_hull = on_stream<&krelu_hull<T>>;
+    t.main.krelu_scratch = krelu_scratch;
+    t.main.is_captured = Run::is_captured;
     using Arguments = cpu::ActivationArguments<T>;
     t.relu_relaxation = Whole<&relu_relaxation<T>, const T*, const T*, Slope, T*, T*, T*, int64_t>::run;
     t.relu_relaxation_backward = Whole<&relu_relaxation_backward<T>, const T*, const T*, Slope, const T*, const T*,

@@ -20,6 +20,14 @@ inline constexpr int kSide = 16;   // a block is kSide * kSide threads
 inline constexpr int kDepth = 16;  // of K at a time in shared memory
 static_assert(kSide * kSide == kThreads && cpu::kProductBlock % kDepth == 0, "blocks of the sum are whole slices");
 
+// Whether nothing of the tile's rows is wanted; for all threads of the block.
+__device__ inline bool all_left_out(const int64_t* sample, int64_t from, int64_t to, int64_t height) {
+  if (sample == nullptr) return false;
+  const int64_t row = from + threadIdx.x;
+  const bool wanted = threadIdx.x < height && row < to && sample[row] >= 0;
+  return combine<kThreads>(wanted ? 1 : 0, Larger()) == 0;
+}
+
 template <typename T, bool kDual>
 struct Tile {
   using Shape = TileShape<T, kDual>;
@@ -30,15 +38,18 @@ struct Tile {
     alignas(16) T right[kDual ? 2 : 1][kDepth][kColumns + kPad];
   };
 
+  using Sums = T[kDual ? 2 : 1][Shape::kRows][Shape::kColumns];
+
   // Left and Right give element (row or column, k), zero outside. Their `kContiguous` says whether neighbours in memory
   // are neighbours in k. Right gives pairs where kDual: the value for W and the one for |W|.
-  template <typename Left, typename Right, typename Store>
-  __device__ static void run(int64_t inner, int64_t first_row, int64_t first_column, const Left& left,
-                             const Right& right, const Store& store) {
+  // end(sums of the thread, its first row, its first column).
+  template <typename Left, typename Right, typename End>
+  __device__ static void run_to(int64_t inner, int64_t first_row, int64_t first_column, const Left& left,
+                                const Right& right, const End& end) {
     __shared__ Shared shared;
     constexpr int R = Shape::kRows, C = Shape::kColumns, P = kDual ? 2 : 1;
     const int y = int(threadIdx.x) / kSide, x = int(threadIdx.x) % kSide;
-    T sum[P][R][C] = {};
+    Sums sum = {};
     for (int64_t block = 0; block < inner; block += cpu::kProductBlock) {
       T part[P][R][C] = {};
       for (int64_t start = block; start < block + cpu::kProductBlock && start < inner; start += kDepth) {
@@ -71,15 +82,24 @@ struct Tile {
 #pragma unroll
           for (int c = 0; c < C; ++c) sum[p][r][c] += part[p][r][c];
     }
+    end(sum, first_row + y * R, first_column + x * C);
+  }
+
+  // store(row, column, values) of every element.
+  template <typename Left, typename Right, typename Store>
+  __device__ static void run(int64_t inner, int64_t first_row, int64_t first_column, const Left& left,
+                             const Right& right, const Store& store) {
+    run_to(inner, first_row, first_column, left, right, [&](const Sums& sum, int64_t row, int64_t column) {
 #pragma unroll
-    for (int c = 0; c < C; ++c)
+      for (int c = 0; c < Shape::kColumns; ++c)
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        T values[P];
+        for (int r = 0; r < Shape::kRows; ++r) {
+          T values[kDual ? 2 : 1];
 #pragma unroll
-        for (int p = 0; p < P; ++p) values[p] = sum[p][r][c];
-        store(first_row + y * R + r, first_column + x * C + c, values);
-      }
+          for (int p = 0; p < (kDual ? 2 : 1); ++p) values[p] = sum[p][r][c];
+          store(row + r, column + c, values);
+        }
+    });
   }
 
  private:

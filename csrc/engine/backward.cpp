@@ -18,6 +18,7 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/choices.h"
 #include "ops/record.h"
 #include "ops/testing.h"
 
@@ -198,12 +199,12 @@ Tensor dilated(const Tensor& weight, const Pair& dilation) {
 
 }  // namespace
 
-Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const Tensor& segments) {
+Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const Tensor& segments, const Tensor& marked) {
   PrecisionGuard guard;
   if (any_needs_grad(x, w))
     return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed,
                                Runs{segments});
-  return rows_convolution(x, w, g, segments);
+  return rows_convolution(x, w, g, segments, marked);
 }
 
 Tensor lower_end(const Tensor& plain, const Tensor& charge, at::ScalarType dtype) {
@@ -552,6 +553,7 @@ void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
       lower_row = Tensor();
     }
   }
+  if (fuse && node.op == Op::Linear && relax_at_once(input, lines, rows, index, bias, charge, lower_row)) return;
   auto [out, sums] =
       relax_rows(rows.data, rows.source, index, rows.window, node.extent(), lines.lower_slope, lines.lower_intercept,
                  lines.upper_slope, lines.upper_intercept, bias, charge, lower_row);
@@ -564,6 +566,70 @@ void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
   next.charged = fuse;
   if (lines.zero_where_flat) next.dead_outside = input;
   give(input, std::move(next));
+}
+
+// Where the rows end that step to `value`: at a box or ball that nothing else leads to, through nothing but views.
+std::optional<RowEnd> Walk::end_of(int64_t value) {
+  if (keep_linear_) return std::nullopt;
+  const auto alone = [&](int64_t i) {
+    return context_.program().node(i).consumers.size() == 1 && pending_[size_t(i)].empty();
+  };
+  while (alone(value) && context_.program().node(value).op == Op::Reshape && !stops(value))
+    value = context_.program().node(value).inputs[0];
+  if (!alone(value) || !stops(value)) return std::nullopt;
+  const Node& node = context_.program().node(value);
+  const InputRegion* region = node.op == Op::Input ? &context_.regions()[size_t(node.index)] : nullptr;
+  const bool ball = region != nullptr && region->p != 0;
+  if (ball && region->clipped) return std::nullopt;
+  const auto flat = [](const Tensor& t) { return t.reshape({t.size(0), -1}); };
+  if (ball) {
+    const Tensor centre = flat(region->centre);
+    if (any_needs_grad(centre, region->eps)) return std::nullopt;
+    return RowEnd{centred_ ? at::zeros_like(centre) : centre, region->eps, region->p};
+  }
+  const auto& [lower, upper] = centred_ ? context_.centred_box(value) : context_.box(value);
+  if (any_needs_grad(lower, upper)) return std::nullopt;
+  return RowEnd{flat(lower), flat(upper), 0};
+}
+
+// The activation and the linear layer before it in one pass over the rows, and their end where they come to it; where
+// the device can and no gradient is wanted.
+bool Walk::relax_at_once(int64_t input, const Lines& lines, const Rows& rows, const RowIndex& index, const Tensor& bias,
+                         const Tensor& charge, const Tensor& lower_row) {
+  const Node& node = context_.program().node(input);
+  const Tensor weight = context_.weight(node);
+  const std::array<int64_t, 3> shape{index.count(), weight.size(0), weight.size(1)};
+  if (takes_other_way("relax_product", weight.device(), weight.scalar_type(), shape)) return false;
+  if (!has_relax_product(weight) || node.numel != weight.size(0) || !rows.window.dense ||
+      !pending_[size_t(input)].empty())
+    return false;
+  if (any_needs_grad(rows.data, weight, lines.lower_slope, lines.upper_slope, lines.upper_intercept) ||
+      any_needs_grad(value_or_empty(optional_of(lines.lower_intercept))))
+    return false;
+  const std::optional<RowEnd> end = end_of(node.inputs[0]);
+  auto [out, sums] =
+      relax_product(rows.data, rows.source, index, node.extent(), lines.lower_slope, lines.lower_intercept,
+                    lines.upper_slope, lines.upper_intercept, bias, charge, lower_row, weight, end);
+  sums_ = sums_ + sums;
+  terms_ += 2.0 * double(node.numel);
+  underflow(input, 1);
+  underflow(node.inputs[0], double(weight.size(0)));
+  if (end.has_value()) {
+    value_ = value_ + out.select(0, 0);
+    value_magnitude_ = value_magnitude_ + out.select(0, 1);
+    terms_ += double(context_.program().node(node.inputs[0]).numel);
+    return true;
+  }
+  Rows next;
+  next.data = out;
+  give(node.inputs[0], std::move(next));
+  return true;
+}
+
+// Which rows kernels leave out, where every row has its own coefficients.
+Tensor Walk::marked(const Rows& rows) const {
+  if (!index_.marked.defined() || rows.source.source.defined() || rows.data.size(0) != index_.count()) return {};
+  return index_.marked;
 }
 
 // Runs of rows of one sample.
@@ -624,7 +690,8 @@ void Walk::linear(int64_t i, Rows rows) {
   rows = dense(i, written(i, std::move(rows)));
   const int64_t count = rows.data.size(0);
   const bool plain = pre == 1 && !rows.source.source.defined();
-  const LiveColumns live = plain && rows.dead_outside == i ? live_columns(i) : LiveColumns();
+  LiveColumns live = plain && rows.dead_outside == i ? live_columns(i) : LiveColumns();
+  if (plain) live.marked = marked(rows);
   next.data = product(rows.data.reshape({count * pre, out}), weight, live).view({count, pre * in});
   next.source = rows.source;
   give(node.inputs[0], std::move(next));
@@ -642,7 +709,7 @@ void Walk::conv(int64_t i, Rows rows) {
     rows = dense(i, written(i, std::move(rows)));
     const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
     const Tensor full =
-        convolve(image, weight, {g.stride, g.padding, g.dilation, {0, 0}, g.groups, false}, alike(rows));
+        convolve(image, weight, {g.stride, g.padding, g.dilation, {0, 0}, g.groups, false}, alike(rows), marked(rows));
     next.data = full.narrow(2, 0, height).narrow(3, 0, width);
     next.source = rows.source;
     return give(node.inputs[0], std::move(next));
@@ -675,7 +742,8 @@ void Walk::conv(int64_t i, Rows rows) {
         rows.data = relayout_rows(rows.data, rows.source, index_, rows.window, rows.window, node.extent());
         rows.source = {};
       }
-      next.data = convolve(rows.data, weight, {g.stride, {0, 0}, g.dilation, {0, 0}, g.groups, true}, alike(rows));
+      next.data = convolve(rows.data, weight, {g.stride, {0, 0}, g.dilation, {0, 0}, g.groups, true}, alike(rows),
+                           marked(rows));
       next.source = rows.source;
       next.window = window;
       next.inside = false;
@@ -684,7 +752,8 @@ void Walk::conv(int64_t i, Rows rows) {
   }
   const Tensor image = rows.data.reshape({-1, node.shape[0], node.shape[1], node.shape[2]});
   const Pair output_padding = padding_up_to(input.shape, node.shape, weight, g);
-  next.data = convolve(image, weight, {g.stride, g.padding, g.dilation, output_padding, g.groups, true}, alike(rows));
+  next.data = convolve(image, weight, {g.stride, g.padding, g.dilation, output_padding, g.groups, true}, alike(rows),
+                       marked(rows));
   next.source = rows.source;
   give(node.inputs[0], std::move(next));
 }

@@ -25,6 +25,7 @@ struct Rows {
 struct Start {
   int64_t node = 0;
   Tensor sample;                      // [Q]
+  Tensor marked;                      // as RowIndex's
   Tensor element;                     // unit rows: [Q]
   Tensor table, source;               // table[source[q]]; source undefined: q
   int64_t negative_from = INT64_MAX;  // rows from here on are negated
@@ -73,6 +74,10 @@ class Walk {
   void linear(int64_t i, Rows rows);
   LiveColumns live_columns(int64_t value);
   Tensor alike(const Rows& rows);
+  Tensor marked(const Rows& rows) const;
+  bool relax_at_once(int64_t input, const Lines& lines, const Rows& rows, const RowIndex& index, const Tensor& bias,
+                     const Tensor& charge, const Tensor& lower_row);
+  std::optional<RowEnd> end_of(int64_t value);
   void conv(int64_t i, Rows rows);
   void scale(int64_t i, Rows rows);
   void gather(int64_t i, Rows rows);
@@ -118,7 +123,8 @@ WalkResult ascend(Context& context, const Start& start, bool keep_linear, double
 double ascent_bytes(const Context& context, int64_t start);  // per row
 
 // rows_convolution with gradient.
-Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const Tensor& segments = {});
+Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const Tensor& segments = {},
+                const Tensor& marked = {});
 
 // Bounds of the specification's rows with the boxes of the last values that are not affine.
 BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec);

@@ -5,11 +5,13 @@
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 
 #include <algorithm>
 #include <new>
 
 #include "engine/backward.h"
+#include "ops/device.h"
 #include "ops/record.h"
 
 namespace pycert::engine {
@@ -19,6 +21,9 @@ namespace {
 // Larger chunks are slower: the rows leave the cache and every fresh page is paid for (measured: a step of 14 MiB
 // is 1.4 times faster than one of 170).
 constexpr int64_t kChunkBytes = int64_t(14) << 20;
+
+// Of rows that are made only so that nothing waits for their number. Not measured.
+constexpr int64_t kBytesWithoutWaiting = int64_t(256) << 20;
 
 // Other devices have no such cache: whatever the budget holds at once.
 int64_t preferred_bytes(const Context& context, int64_t of_processor) {
@@ -85,6 +90,7 @@ WalkResult walk(Context& context, const Start& start, bool stop_at_activations, 
   const Node& node = context.program().node(start.node);
   RowIndex index;
   index.sample = start.sample;
+  index.marked = start.marked;
   if (node.image() && start.element.defined()) {
     const int64_t width = node.shape[2], pixels = node.shape[1] * width;
     const Tensor pixel = start.element.remainder(pixels);
@@ -229,13 +235,41 @@ bool only_sign_matters(const Program& program, int64_t i) {
   return true;
 }
 
+// A number of each row of an image that orders them by sample, then pixel, then channel.
+Tensor place_of(const Node& node, const Tensor& sample, const Tensor& element) {
+  const int64_t pixels = node.shape[1] * node.shape[2];
+  return sample * node.numel + element.remainder(pixels) * node.shape[0] + element.floor_divide(pixels);
+}
+
 }  // namespace
+
+// Finding out how many rows are unstable waits for the device. Where all rows fit at once and are few, or the calls are
+// recorded into a graph, all are made instead, and kernels leave out those that are not wanted.
+bool Context::waits_for_rows(int64_t i) const {
+  if (grad_ || options_.ascent.intermediate || record::on()) return true;
+  if (is_captured(device(), dtype_)) return false;
+  if (device().is_cpu()) return true;
+  const double bytes = 2 * row_cost(*this, i, true, false).bytes * double(batch_ * program_.node(i).numel);
+  return bytes > double(std::min(kBytesWithoutWaiting, options_.memory));
+}
+
+// All rows, those that are wanted first: sample, element, whether it is wanted. Nothing waits for the device.
+std::tuple<Tensor, Tensor, Tensor> Context::unstable_first(int64_t i) const {
+  const Node& node = program_.node(i);
+  const Tensor row = at::arange(batch_ * node.numel, index_options()), mask = unstable_mask(i).reshape({-1});
+  const Tensor sample = row.floor_divide(node.numel), element = row.remainder(node.numel);
+  const Tensor place = node.image() ? place_of(node, sample, element) : row;
+  const Tensor order = at::where(mask, place, place + row.size(0)).argsort();
+  return {sample.index_select(0, order), element.index_select(0, order), mask.index_select(0, order)};
+}
 
 void Context::refine(int64_t i, bool all) {
   const Node& node = program_.node(i);
   const auto& [old_lower, old_upper] = box(i);
-  Tensor sample, element;
-  if (all) {
+  Tensor sample, element, wanted;
+  if (!all && !waits_for_rows(i)) {
+    std::tie(sample, element, wanted) = unstable_first(i);
+  } else if (all) {
     const Tensor row = at::arange(batch_ * node.numel, index_options());
     sample = row.floor_divide(node.numel);
     element = row.remainder(node.numel);
@@ -245,10 +279,8 @@ void Context::refine(int64_t i, bool all) {
     element = rows.select(1, 1).contiguous();
   }
   if (sample.size(0) == 0) return;
-  if (node.image()) {  // rows of one pixel side by side: their windows are the same
-    const int64_t pixels = node.shape[1] * node.shape[2];
-    const Tensor place = sample * node.numel + element.remainder(pixels) * node.shape[0] + element.floor_divide(pixels);
-    const Tensor order = place.argsort();
+  if (node.image() && !wanted.defined()) {  // rows of one pixel side by side: their windows are the same
+    const Tensor order = place_of(node, sample, element).argsort();
     sample = sample.index_select(0, order);
     element = element.index_select(0, order);
   }
@@ -260,7 +292,12 @@ void Context::refine(int64_t i, bool all) {
   std::vector<Tensor> lowers, uppers;
   in_chunks(*this, sample.size(0), chunk, [&](int64_t begin, int64_t end) {
     const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
-    const Start start{i, twice(s, true), twice(e, true), {}, {}, end - begin, {}};
+    Start start;
+    start.node = i;
+    start.sample = twice(s, true);
+    if (wanted.defined()) start.marked = twice(at::where(wanted.narrow(0, begin, end - begin), s, -1), true);
+    start.element = twice(e, true);
+    start.negative_from = end - begin;
     const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
                           : recompute                  ? recomputed_walk(*this, start)
                                                        : walk(*this, start, false, false).lower;
@@ -272,6 +309,10 @@ void Context::refine(int64_t i, bool all) {
   if (all || options_.intersect || node.op == Op::Limit) {
     lower = at::maximum(lower, flat_lower.index({sample, element}));
     upper = at::minimum(upper, flat_upper.index({sample, element}));
+  }
+  if (wanted.defined()) {
+    lower = at::where(wanted, lower, flat_lower.index({sample, element}));
+    upper = at::where(wanted, upper, flat_upper.index({sample, element}));
   }
   boxes_[size_t(i)] = {flat_lower.index_put({sample, element}, lower).view(old_lower.sizes()),
                        flat_upper.index_put({sample, element}, upper).view(old_upper.sizes())};

@@ -200,7 +200,10 @@ class Context {
   Tensor bilinear_charge(const Node& node, int64_t i, bool centred);
   void batch_statistics();
   void refine(int64_t i, bool all);
-  Tensor unstable(int64_t i) const;
+  Tensor unstable(int64_t i) const;       // [R, 2]: sample and element
+  Tensor unstable_mask(int64_t i) const;  // [B, n]
+  std::tuple<Tensor, Tensor, Tensor> unstable_first(int64_t i) const;
+  bool waits_for_rows(int64_t i) const;
   Tensor affine_charge(const Node& node, int64_t i, bool centred);
   const Magnitudes& sizes(int64_t i);
   Tensor windows(const Node& node, const Tensor& weight);

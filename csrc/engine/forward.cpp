@@ -207,7 +207,13 @@ void Context::find_centres() {
     finite.push_back(value.isfinite().all());
     centres_.push_back(value.reshape({batch_, -1}).to(dtype_));
   }
-  if (!at::stack(finite).all().item<bool>()) centres_.clear();
+  const Tensor usable = at::stack(finite).all();
+  if (usable.is_cpu()) {
+    if (!usable.item<bool>()) centres_.clear();
+    return;
+  }
+  // Nothing waits for the device: centres that are of no use make every bound of these walks infinite.
+  for (Tensor& centre : centres_) centre = at::where(usable, centre, std::numeric_limits<double>::quiet_NaN());
 }
 
 // Sums over several elements by ATen, widened by gamma times the sum of magnitudes.
@@ -355,7 +361,9 @@ Box Context::interval_step(int64_t i) {
 }
 
 // Which bounds back-substitution must find: rows where the relaxations that read them are not exact already.
-Tensor Context::unstable(int64_t i) const {
+Tensor Context::unstable(int64_t i) const { return unstable_mask(i).nonzero(); }  // sorted by sample
+
+Tensor Context::unstable_mask(int64_t i) const {
   at::NoGradGuard no_grad;
   const Tensor lower = std::get<0>(box(i)).reshape({batch_, -1}), upper = std::get<1>(box(i)).reshape({batch_, -1});
   Tensor mask;
@@ -388,7 +396,7 @@ Tensor Context::unstable(int64_t i) const {
         break;
     }
   }
-  return mask.nonzero();  // [R, 2]: sample, element; sorted by sample
+  return mask;
 }
 
 void Context::propagate(int64_t last, bool forget) {

@@ -322,7 +322,7 @@ void ForwardWalk::step(int64_t i) {
 // Lower bounds of rows [B, d + 1, n]: [B, n].
 Tensor ForwardWalk::lowest(const Tensor& rows) {
   const int64_t batch = c_.batch(), n = rows.size(2);
-  const RowIndex index{at::arange(batch, c_.index_options()).repeat_interleave(n), {}};
+  const RowIndex index{at::arange(batch, c_.index_options()).repeat_interleave(n), {}, {}};
   const Tensor by_row = rows.transpose(1, 2);
   Tensor total = by_row.select(2, count_).reshape({-1}).to(at::kDouble), magnitude = total.detach().abs();
   int64_t first = 0;

@@ -58,7 +58,7 @@ LiveColumns Context::live_columns(int64_t value, const Tensor& segments, const s
     parts.push_back(columns.narrow(0, at[b], at[b + 1] - at[b]));
     ends.push_back(ends.back() + parts.back().size(0));
   }
-  return {segments, at::cat(parts), at::tensor(ends)};
+  return {segments, at::cat(parts), at::tensor(ends), {}};
 }
 
 const Lines& Context::lines(int64_t activation) {

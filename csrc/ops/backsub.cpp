@@ -114,6 +114,65 @@ std::tuple<Tensor, Tensor> relax_cpu(const Tensor& rows, const OptionalTensor& s
   return {out, sums};
 }
 
+std::tuple<Tensor, Tensor> relax_product_on_device(const Tensor& rows, const OptionalTensor& source,
+                                                   int64_t negative_from, const Tensor& sample, IntArrayRef extent,
+                                                   const Tensor& lower_slope, const OptionalTensor& lower_intercept,
+                                                   const Tensor& upper_slope, const Tensor& upper_intercept,
+                                                   const OptionalTensor& bias, const OptionalTensor& charge,
+                                                   const OptionalTensor& lower_row, const Tensor& weight,
+                                                   const OptionalTensor& first, const OptionalTensor& second,
+                                                   int64_t norm) {
+  const Map m(source, negative_from, sample, {});
+  const Extent e = extent_of(extent);
+  const Tensor r = rows.contiguous(), lower_at = contiguous(lower_row), w = weight.contiguous();
+  check_rows(r, m, Window(), e, "relax_product");
+  check_same(r, w, "relax_product", "rows", "weight");
+  TORCH_CHECK_VALUE(w.dim() == 2 && w.size(0) == e.numel(), "relax_product: weight must be [", e.numel(),
+                    ", columns], got ", w.sizes());
+  TORCH_CHECK(has_relax_product(r), "relax_product: no kernel of its own on ", r.device());
+  const Tensor ls = lower_slope.contiguous(), us = upper_slope.contiguous(), ui = upper_intercept.contiguous();
+  const Tensor li = contiguous(lower_intercept), b = contiguous(bias), c = contiguous(charge);
+  const Tensor p = contiguous(first), q = contiguous(second);
+  const int64_t count = m.map.count, columns = w.size(1), places = (columns + cpu::kEndColumns - 1) / cpu::kEndColumns;
+  const auto doubles = r.options().dtype(at::kDouble);
+  Tensor sums = at::zeros({3, count}, doubles);
+  Tensor out = p.defined() ? at::empty({2, count}, doubles) : at::empty({count, columns}, r.options());
+  Tensor partial = p.defined() ? at::empty({3, places, count}, doubles) : Tensor();
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relax_product", [&] {
+    double* s = sums.data_ptr<double>();
+    cpu::RelaxProductArgs<scalar_t> a{};
+    a.relax = {r.const_data_ptr<scalar_t>(),
+               nullptr,
+               m.map,
+               Window(),
+               e,
+               ls.const_data_ptr<scalar_t>(),
+               us.const_data_ptr<scalar_t>(),
+               pointer<scalar_t>(li),
+               ui.const_data_ptr<scalar_t>(),
+               pointer<int64_t>(lower_at),
+               pointer<scalar_t>(b),
+               pointer<scalar_t>(c),
+               s,
+               c.defined() ? s + count : nullptr,
+               c.defined() ? s + 2 * count : nullptr};
+    a.weight = w.const_data_ptr<scalar_t>();
+    a.columns = columns;
+    if (p.defined()) {
+      a.end.lower = a.end.centre = pointer<scalar_t>(p);
+      a.end.upper = a.end.eps = pointer<scalar_t>(q);
+      a.end.norm = int(norm);
+      a.end.value = out.data_ptr<double>();
+      a.end.magnitude = a.end.value + count;
+      a.partial = partial.data_ptr<double>();
+    } else {
+      a.out = out.data_ptr<scalar_t>();
+    }
+    kernels<scalar_t>(r)->relax_product(a);
+  });
+  return {out, sums};
+}
+
 Tensor dot_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
                const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const OptionalTensor& bias,
                const OptionalTensor& charge) {
@@ -501,46 +560,66 @@ std::tuple<Tensor, RowSums> relax_rows(const Tensor& rows, const RowSource& sour
                                        const Tensor& upper_intercept, const Tensor& bias, const Tensor& charge,
                                        const Tensor& lower_row) {
   PYCERT_HANDLE("relax_rows", relax_cpu);
-  return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
-                 encode(window), encode(extent), lower_slope, optional_of(lower_intercept), upper_slope,
-                 upper_intercept, optional_of(bias), optional_of(charge), optional_of(lower_row));
+  return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
+                 optional_of(index.position), encode(window), encode(extent), lower_slope, optional_of(lower_intercept),
+                 upper_slope, upper_intercept, optional_of(bias), optional_of(charge), optional_of(lower_row));
+}
+
+bool has_relax_product(const Tensor& like) {
+  if (!like.is_cpu()) return true;
+  return like.scalar_type() == at::kFloat ? device_kernels<float>(like.device()).main.relax_product != nullptr
+                                          : device_kernels<double>(like.device()).main.relax_product != nullptr;
+}
+
+std::tuple<Tensor, RowSums> relax_product(const Tensor& rows, const RowSource& source, const RowIndex& index,
+                                          const Extent& extent, const Tensor& lower_slope,
+                                          const Tensor& lower_intercept, const Tensor& upper_slope,
+                                          const Tensor& upper_intercept, const Tensor& bias, const Tensor& charge,
+                                          const Tensor& lower_row, const Tensor& weight,
+                                          const std::optional<RowEnd>& end) {
+  PYCERT_HANDLE("relax_product", relax_product_on_device);
+  return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(), encode(extent),
+                 lower_slope, optional_of(lower_intercept), upper_slope, upper_intercept, optional_of(bias),
+                 optional_of(charge), optional_of(lower_row), weight,
+                 end.has_value() ? optional_of(end->first) : std::nullopt,
+                 end.has_value() ? optional_of(end->second) : std::nullopt, end.has_value() ? end->norm : 0);
 }
 
 RowSums dot_rows(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                  const Extent& extent, const Tensor& bias, const Tensor& charge) {
   PYCERT_HANDLE("dot_rows", dot_cpu);
   at::NoGradGuard no_grad;
-  return op.call(rows.detach(), optional_of(source.source), source.negative_from, index.sample,
+  return op.call(rows.detach(), optional_of(source.source), source.negative_from, index.of_kernels(),
                  optional_of(index.position), encode(window), encode(extent), optional_of(bias), optional_of(charge));
 }
 
 Tensor relayout_rows(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& from,
                      const Window& to, const Extent& extent) {
   PYCERT_HANDLE("relayout_rows", relayout_cpu);
-  return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
-                 encode(from), encode(to), encode(extent));
+  return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
+                 optional_of(index.position), encode(from), encode(to), encode(extent));
 }
 
 void add_rows(Tensor& out, const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& from,
               const Window& to, const Extent& extent) {
   PYCERT_HANDLE("add_rows", add_cpu);
   at::AutoDispatchBelowADInplaceOrView below;
-  op.call(out, rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
+  op.call(out, rows, optional_of(source.source), source.negative_from, index.of_kernels(), optional_of(index.position),
           encode(from), encode(to), encode(extent));
 }
 
 Tensor concretize_box(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                       const Extent& extent, const Tensor& lower, const Tensor& upper) {
   PYCERT_HANDLE("concretize_rows", concretize_cpu);
-  return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
-                 encode(window), encode(extent), lower, upper, 0);
+  return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
+                 optional_of(index.position), encode(window), encode(extent), lower, upper, 0);
 }
 
 Tensor concretize_ball(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                        const Extent& extent, const Tensor& centre, const Tensor& eps, int64_t p) {
   PYCERT_HANDLE("concretize_rows", concretize_cpu);
-  return op.call(rows, optional_of(source.source), source.negative_from, index.sample, optional_of(index.position),
-                 encode(window), encode(extent), centre, eps, p);
+  return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
+                 optional_of(index.position), encode(window), encode(extent), centre, eps, p);
 }
 
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
@@ -553,6 +632,10 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "sample, Tensor? position, int[] window, int[] extent, Tensor lower_slope, Tensor? lower_intercept, Tensor "
       "upper_slope, Tensor upper_intercept, Tensor? bias, Tensor? lower_row, int[] wanted) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "relax_product(Tensor rows, Tensor? source, int negative_from, Tensor sample, int[] extent, Tensor lower_slope, "
+      "Tensor? lower_intercept, Tensor upper_slope, Tensor upper_intercept, Tensor? bias, Tensor? charge, Tensor? "
+      "lower_row, Tensor weight, Tensor? first, Tensor? second, int norm) -> (Tensor, Tensor)");
   m.def(
       "dot_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] window, int[] "
       "extent, Tensor? bias, Tensor? charge) -> Tensor");
@@ -580,6 +663,7 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 static void register_backsub(torch::Library& m) {
   m.impl("relax_rows", relax_cpu);
   m.impl("relax_rows_backward", relax_backward_cpu);
+  m.impl("relax_product", relax_product_on_device);
   m.impl("dot_rows", dot_cpu);
   m.impl("relayout_rows", relayout_cpu);
   m.impl("add_rows", add_cpu);

@@ -18,6 +18,9 @@ using cpu::Window;
 struct RowIndex {
   at::Tensor sample;    // [Q] int64: the row's sample
   at::Tensor position;  // [Q, 2] int64: where in the image its start neuron stands; undefined for vectors
+  at::Tensor
+      marked;  // [Q] int64: the sample, or -1 where kernels leave the row out; undefined: none. Not on a processor
+  const at::Tensor& of_kernels() const { return marked.defined() ? marked : sample; }
   int64_t count() const { return sample.size(0); }
 };
 
@@ -37,6 +40,23 @@ std::tuple<at::Tensor, RowSums> relax_rows(const at::Tensor& rows, const RowSour
                                            const at::Tensor& lower_intercept, const at::Tensor& upper_slope,
                                            const at::Tensor& upper_intercept, const at::Tensor& bias,
                                            const at::Tensor& charge, const at::Tensor& lower_row);
+
+// Where rows that relax_product gives end: at a box (norm 0: lower, upper) or a ball (centre, eps), each [B, columns].
+struct RowEnd {
+  at::Tensor first, second;
+  int64_t norm = 0;
+};
+
+// Dense rows through an activation and, times weight [n, columns], through the layer that feeds it, in one pass: the
+// rows [Q, columns], or with `end` their least values [2, Q] as of concretize_*; and the sums of relax_rows. No
+// gradient.
+std::tuple<at::Tensor, RowSums> relax_product(const at::Tensor& rows, const RowSource& source, const RowIndex& index,
+                                              const Extent& extent, const at::Tensor& lower_slope,
+                                              const at::Tensor& lower_intercept, const at::Tensor& upper_slope,
+                                              const at::Tensor& upper_intercept, const at::Tensor& bias,
+                                              const at::Tensor& charge, const at::Tensor& lower_row,
+                                              const at::Tensor& weight, const std::optional<RowEnd>& end);
+bool has_relax_product(const at::Tensor& like);
 
 // No gradient: constants that need one are formed by ATen.
 RowSums dot_rows(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,

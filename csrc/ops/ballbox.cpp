@@ -12,8 +12,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "cpu/kernels.h"
 #include "ops/common.h"
+#include "ops/device.h"
 
 namespace pycert {
 
@@ -66,11 +66,11 @@ BallBoxTensors ball_box_cpu(const Tensor& centres, const Tensor& spread, const T
   AT_DISPATCH_FLOATING_TYPES(c.scalar_type(), "ball_box_relu", [&] {
     const scalar_t* centre = c.const_data_ptr<scalar_t>();
     scalar_t* to = out.data_ptr<scalar_t>();
-    cpu::kernels<scalar_t>().ball_box({centre, s.shared ? centre : centre + half, rho.const_data_ptr<scalar_t>(),
-                                       r.const_data_ptr<scalar_t>(), w.const_data_ptr<scalar_t>(),
-                                       clip.defined() ? clip.const_data_ptr<scalar_t>() : nullptr, to, to + half,
-                                       out_spread.data_ptr<scalar_t>(), code.data_ptr<uint8_t>(),
-                                       live.data_ptr<uint8_t>(), s.batch, s.channels, s.inner});
+    kernels<scalar_t>(c)->ball_box({centre, s.shared ? centre : centre + half, rho.const_data_ptr<scalar_t>(),
+                                    r.const_data_ptr<scalar_t>(), w.const_data_ptr<scalar_t>(),
+                                    clip.defined() ? clip.const_data_ptr<scalar_t>() : nullptr, to, to + half,
+                                    out_spread.data_ptr<scalar_t>(), code.data_ptr<uint8_t>(), live.data_ptr<uint8_t>(),
+                                    s.batch, s.channels, s.inner});
   });
   return {out, out_spread, live, code};
 }
@@ -100,14 +100,15 @@ struct BallBoxFunction : torch::autograd::Function<BallBoxFunction> {
     const auto options = radius.options();
     const Tensor grad = grads[0].defined() ? grads[0].contiguous() : at::zeros(sizes, options);
     const Tensor grad_spread = grads[1].defined() ? grads[1].contiguous() : at::zeros(code.sizes(), options);
-    const int64_t strips = std::max<int64_t>(1, std::min<int64_t>(batch, at::get_num_threads()));
+    // a strip for every thread of the processor; other devices need none
+    const int64_t strips = code.is_cpu() ? std::max<int64_t>(1, std::min<int64_t>(batch, at::get_num_threads())) : 1;
     Tensor centres = at::empty(sizes, options), spread = at::empty(code.sizes(), options);
     Tensor to_radius = at::empty({batch}, options), to_rows = at::zeros({strips, channels}, options);
     Tensor to_theta = has_theta ? at::zeros({strips, channels * inner}, options) : Tensor();
     AT_DISPATCH_FLOATING_TYPES(options.dtype().toScalarType(), "ball_box_relu_backward", [&] {
       const scalar_t* from = grad.const_data_ptr<scalar_t>();
       scalar_t* to = centres.data_ptr<scalar_t>();
-      cpu::kernels<scalar_t>().ball_box_backward(
+      kernels<scalar_t>(code)->ball_box_backward(
           {from, from + half, grad_spread.const_data_ptr<scalar_t>(), code.const_data_ptr<uint8_t>(),
            radius.const_data_ptr<scalar_t>(), row_norm.const_data_ptr<scalar_t>(), to, to + half,
            spread.data_ptr<scalar_t>(), to_radius.data_ptr<scalar_t>(), to_rows.data_ptr<scalar_t>(),
@@ -146,10 +147,10 @@ Maximum maximum_cpu(const Tensor& weight, const Tensor& lower, const Tensor& upp
   const Tensor w = weight.contiguous(), l = lower.contiguous(), u = upper.contiguous(), r = radius.contiguous();
   Tensor value = at::empty({w.size(0), w.size(1)}, w.options()), scale = at::empty_like(value);
   AT_DISPATCH_FLOATING_TYPES(w.scalar_type(), "ball_box_maximum", [&] {
-    cpu::kernels<scalar_t>().ball_box_maximum({w.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(),
-                                               u.const_data_ptr<scalar_t>(), r.const_data_ptr<scalar_t>(),
-                                               value.data_ptr<scalar_t>(), scale.data_ptr<scalar_t>(), w.size(0),
-                                               w.size(1), w.size(2)});
+    kernels<scalar_t>(w)->ball_box_maximum({w.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(),
+                                            u.const_data_ptr<scalar_t>(), r.const_data_ptr<scalar_t>(),
+                                            value.data_ptr<scalar_t>(), scale.data_ptr<scalar_t>(), w.size(0),
+                                            w.size(1), w.size(2)});
   });
   return {value, scale};
 }
@@ -199,10 +200,13 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def("ball_box_maximum(Tensor weight, Tensor lower, Tensor upper, Tensor radius) -> (Tensor value, Tensor scale)");
 }
 
-TORCH_LIBRARY_IMPL(pycert, CPU, m) {
+// Every device by the same functions: device.h has the kernels of each.
+static void register_ball_box(torch::Library& m) {
   m.impl("ball_box_relu", ball_box_cpu);
   m.impl("ball_box_maximum", maximum_cpu);
 }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_ball_box(m); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_ball_box(m); }
 
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) {
   m.impl("ball_box_relu", ball_box_autograd);

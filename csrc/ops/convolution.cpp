@@ -89,7 +89,7 @@ Tensor by_kernel(const Tensor& rows, const Tensor& weight, const ConvGeometry& g
 
 Tensor rows_convolution_cpu(const Tensor& rows, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
                             IntArrayRef dilation, IntArrayRef output_padding, int64_t groups, bool transposed,
-                            const OptionalTensor& segments) {
+                            const OptionalTensor& segments, const OptionalTensor& sample) {
   check_floating(rows, "rows_convolution", "rows");
   check_same(rows, weight, "rows_convolution", "rows", "weight");
   const auto pair = [](IntArrayRef v) {
@@ -101,7 +101,10 @@ Tensor rows_convolution_cpu(const Tensor& rows, const Tensor& weight, IntArrayRe
                     "rows_convolution: rows must be [Q, C, H, W] with the channels of the weight, got ", rows.sizes(),
                     " and ", weight.sizes());
   PrecisionGuard guard;
-  if (!has_kernel(weight, g)) return direct_conv2d(rows, weight, g);
+  TORCH_CHECK_VALUE(!sample.has_value() || sample->sizes() == at::IntArrayRef({rows.size(0)}),
+                    "rows_convolution: sample must be [", rows.size(0), "], got ", sample->sizes());
+  if (!has_kernel(weight, g))
+    return direct_conv2d(rows, weight, g, sample.has_value() ? sample->contiguous() : Tensor());
   return by_kernel(rows.contiguous(), weight.contiguous(), g, segments.has_value() ? segments->contiguous() : Tensor(),
                    false, false);
 }
@@ -140,18 +143,19 @@ int64_t convolution_chain(const Tensor& weight, const ConvGeometry& g) {
   return std::min(terms, cpu::kProductBlock) + taps * ((inner + cpu::kProductBlock - 1) / cpu::kProductBlock);
 }
 
-Tensor rows_convolution(const Tensor& rows, const Tensor& weight, const ConvGeometry& g, const Tensor& segments) {
+Tensor rows_convolution(const Tensor& rows, const Tensor& weight, const ConvGeometry& g, const Tensor& segments,
+                        const Tensor& sample) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("pycert::rows_convolution", "")
                              .typed<decltype(rows_convolution_cpu)>();
   return op.call(rows, weight, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed,
-                 optional_of(segments));
+                 optional_of(segments), optional_of(sample));
 }
 
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def(
       "rows_convolution(Tensor rows, Tensor weight, int[] stride, int[] padding, int[] dilation, int[] output_padding, "
-      "int groups, bool transposed, Tensor? segments) -> Tensor");
+      "int groups, bool transposed, Tensor? segments, Tensor? sample=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("rows_convolution", rows_convolution_cpu); }

@@ -7,9 +7,10 @@ namespace pycert {
 
 // rows [Q, C, H, W] through a convolution without bias, plain or transposed, sums in blocks that start from zero;
 // by direct_conv2d where this processor has no kernel or the convolution is one of few products (depthwise).
-// `segments` [S + 1]: first rows of runs whose zeros are likely the same; undefined: one run.
+// `segments` [S + 1]: first rows of runs whose zeros are likely the same; undefined: one run. `sample`: as RowIndex's
+// `marked`.
 at::Tensor rows_convolution(const at::Tensor& rows, const at::Tensor& weight, const ConvGeometry& geometry,
-                            const at::Tensor& segments = {});
+                            const at::Tensor& segments = {}, const at::Tensor& sample = {});
 
 // The two products of an interval pass, weight * mid and |weight| * radius, by the same kernel; the radius in bfloat16,
 // rounded up, where `fast` and the processor has such products: a chain then has four roundings in place of one.

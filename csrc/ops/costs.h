@@ -98,6 +98,12 @@ Cost cost_of(const cpu::RelaxArgs<T>& a) {
   return elements<T>(row_numbers(a.map, a.window, a.extent), 2, terms);
 }
 template <typename T>
+Cost cost_of(const cpu::RelaxProductArgs<T>& a) {
+  const double rows = double(a.relax.map.count), n = double(a.relax.extent.numel()), columns = double(a.columns);
+  const double written = a.end.value == nullptr ? rows * columns : 0;
+  return {double(sizeof(T)) * (rows * n + n * columns + written), 2 * rows * n * columns};
+}
+template <typename T>
 Cost cost_of(const cpu::DotArgs<T>& a) {
   return elements<T>(row_numbers(a.map, a.window, a.extent), 1, (a.bias ? 3 : 0) + (a.charge ? 2 : 0));
 }
@@ -125,6 +131,31 @@ Cost cost_of(const cpu::RelayoutBackwardArgs<T>& a) {
 template <typename T>
 Cost cost_of(const cpu::AscendArgs<T>& a) {
   return elements<T>(double(a.groups * a.n), 7, 14);
+}
+
+template <typename T>
+Cost cost_of(const cpu::MaskScaleArgs<T>& a) {
+  return elements<T>(double(a.batch * a.count), a.weights == nullptr ? 2 : 3, 4);
+}
+template <typename T>
+Cost cost_of(const cpu::MixSignsArgs<T>& a) {
+  return elements<T>(double(a.batch * a.count), a.start == nullptr ? 1 : 2, 2);
+}
+template <typename T>
+Cost cost_of(const cpu::BallBoxArgs<T>& a) {
+  return elements<T>(double(a.batch * a.channels * a.inner), 6, 14);
+}
+template <typename T>
+Cost cost_of(const cpu::BallBoxBackwardArgs<T>& a) {
+  return elements<T>(double(a.batch * a.channels * a.inner), 6, 12);
+}
+template <typename T>
+Cost cost_of(const cpu::BallBoxMaximumArgs<T>& a) {
+  return elements<T>(double(a.batch * a.rows * a.count), 1, 8);
+}
+template <typename T>
+Cost cost_of(const cpu::KreluArgs<T>& a) {  // what it computes depends on the groups
+  return elements<T>(double(a.groups * a.k) * double(a.rows_given + 2 + 2 * a.rows_out), 1, 0);
 }
 
 }  // namespace pycert

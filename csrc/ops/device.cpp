@@ -23,6 +23,7 @@ const std::vector<std::string> kUntested = {"prepare",
                                             "charge",
                                             "product",
                                             "relax",
+                                            "relax_product",
                                             "dot",
                                             "concretize",
                                             "relayout",
@@ -30,6 +31,13 @@ const std::vector<std::string> kUntested = {"prepare",
                                             "concretize_backward",
                                             "relayout_backward",
                                             "ascend",
+                                            "mask_scale",
+                                            "mix_signs",
+                                            "pack_bits",
+                                            "ball_box",
+                                            "ball_box_backward",
+                                            "ball_box_maximum",
+                                            "krelu_hull",
                                             "relu_lines",
                                             "relu_backward",
                                             "activation_lines",
@@ -58,6 +66,10 @@ const DeviceKernels<T>& cpu_table() {
                                       cpu::activation_interval<T>,
                                       cpu::activation_interval_backward<T>};
   return table;
+}
+
+bool has_kernels(c10::Device device) {
+  return device.is_cpu() || (device.is_cuda() && tables<float>().cuda.load(std::memory_order_relaxed) != nullptr);
 }
 
 bool is_one(const char* name) {
@@ -95,6 +107,13 @@ const DeviceKernels<T>& device_kernels(c10::Device device) {
 
 template const DeviceKernels<float>& device_kernels<float>(c10::Device);
 template const DeviceKernels<double>& device_kernels<double>(c10::Device);
+
+bool is_captured(c10::Device device, at::ScalarType dtype) {
+  if (!has_kernels(device)) return false;
+  const auto captured = dtype == at::kFloat ? device_kernels<float>(device).main.is_captured
+                                            : device_kernels<double>(device).main.is_captured;
+  return captured != nullptr && captured();
+}
 
 void set_cuda_kernels(const DeviceKernels<float>* for_float, const DeviceKernels<double>* for_double) {
   tables<float>().cuda = for_float;

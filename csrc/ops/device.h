@@ -30,6 +30,9 @@ const std::vector<std::string>& untested_cuda_kernels();
 template <typename T>
 const DeviceKernels<T>& recorded_kernels(c10::Device device);
 
+// Whether what is called now is recorded into a graph of the device, so that the host must not wait for it.
+bool is_captured(c10::Device device, at::ScalarType dtype);
+
 // kernels<T>(t)->name(arguments) runs on the device of t, which is the current one meanwhile.
 template <typename T>
 class OnDevice {

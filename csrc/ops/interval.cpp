@@ -22,6 +22,7 @@
 #include <cmath>
 #include <limits>
 
+#include "ops/choices.h"
 #include "ops/convolution.h"
 #include "ops/device.h"
 #include "ops/product.h"
@@ -80,9 +81,12 @@ static Tensor conv_by_groups(const Tensor& input, const Tensor& weight, const Co
 // then several rows against all samples.
 constexpr int64_t kSmallBatch = 4, kMediumBatch = 32;
 
-// On other devices than the processor always: one kernel for every size.
+// On other devices than the processor for every size, unless the library was measured to be faster.
 static bool one_pass(int64_t batch, const Tensor& weight) {
-  return batch <= kSmallBatch || !weight.is_cpu() || (batch <= kMediumBatch && has_product_kernels(weight));
+  if (batch <= kSmallBatch) return true;
+  if (weight.is_cpu()) return batch <= kMediumBatch && has_product_kernels(weight);
+  return !takes_other_way("dual_product", weight.device(), weight.scalar_type(),
+                          {batch, weight.size(1), weight.size(0)});
 }
 
 // Length of the summation chains of linear_products, both given.
@@ -116,12 +120,12 @@ static Box dual_product(const Tensor& weight, const Tensor& mid, const Tensor& r
 // On the processor without the dispatcher, which small networks would notice.
 Box linear_products(const Tensor& weight, const Tensor& mid, const Tensor& radius, bool with_first) {
   const int64_t batch = mid.size(0);
-  if (!weight.is_cpu()) {
+  if (!weight.is_cpu() && one_pass(batch, weight)) {
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("pycert::dual_product", "").typed<decltype(dual_product)>();
     return op.call(weight, mid, radius);
   }
-  const bool own = one_pass(batch, weight) && (with_first || batch <= kSmallBatch);
+  const bool own = weight.is_cpu() && one_pass(batch, weight) && (with_first || batch <= kSmallBatch);
   if (own) return dual_product(weight, mid, radius);
   return {with_first ? mm_blocked(mid, weight.t()) : Tensor(), mm_blocked(radius, weight.abs().t())};
 }
@@ -258,7 +262,12 @@ static Cost convolution_cost(const Tensor& input, const Tensor& weight, const Co
   return {times * numbers * double(input.element_size()), times * 2 * met};
 }
 
-Tensor direct_conv2d(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+Tensor direct_conv2d(const Tensor& input, const Tensor& weight, const ConvGeometry& g, const Tensor& sample) {
+  if (sample.defined() && has_own_convolution(input))
+    return std::get<0>(own_convolution(input, {}, weight, g, [&](auto& a, const Tensor&, const Tensor&) {
+      a.sample = sample.const_data_ptr<int64_t>();
+      return plain_ending(a);
+    }));
   if (has_own_convolution(input)) return std::get<0>(call_own_convolution(input, {}, weight, g));
   const record::Kernel range(input.device(), "convolution", record::on() ? convolution_cost(input, weight, g) : Cost());
   const bool one_dnn =
@@ -416,7 +425,7 @@ Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   const Prepared p = prepare_boxes(lower, upper, c, batch);
   const Tensor mid = p.mid.view({batch, count}), radius = p.radius.view({batch, count});
   Box out;
-  if (fuses_enclosure(weight)) {
+  if (fuses_enclosure(weight) && one_pass(batch, weight)) {
     out = {at::empty({batch, rows}, mid.options()), at::empty({batch, rows}, mid.options())};
     const auto& [lowest, highest] = out;
     const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();

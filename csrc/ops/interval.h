@@ -46,7 +46,9 @@ Box interval_add(const at::Tensor& a_lower, const at::Tensor& a_upper, const at:
                  const at::Tensor& b_upper, bool subtract, double kappa, bool sound);
 
 // A convolution that forms every product once and sums: oneDNN's direct algorithm or unfolding, never Winograd or FFT.
-at::Tensor direct_conv2d(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry);
+// `sample`: images of a negative one are left out, where the device has a kernel that does.
+at::Tensor direct_conv2d(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry,
+                         const at::Tensor& sample = {});
 
 // n u / (1 - n u), rounded up, for the unit roundoff of the dtype.
 double gamma(double n, at::ScalarType dtype);

@@ -5,9 +5,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "core/krelu.h"
-#include "cpu/kernels.h"
 #include "ops/common.h"
+#include "ops/device.h"
 
 namespace pycert {
 
@@ -50,7 +52,10 @@ void check_krelu(const Tensor& lower, const Tensor& upper, const Tensor& A, cons
   TORCH_CHECK_VALUE(pivots >= 0 && pivots < (int64_t(1) << 31), kOp, ": pivots must not be negative, got ", pivots);
 }
 
-// Other normals would be read as the nearest direction, which is wrong: an error rather than a bound that fails.
+constexpr int64_t kScratch = int64_t(512) << 20;  // for all groups that are worked on at a time
+
+// Other normals would be read as the nearest direction, which is wrong: an error rather than a bound that fails. The
+// processor alone looks; elsewhere the host would wait, and the kernel leaves such rows out.
 template <typename T>
 void check_directions(const Tensor& A) {
   const T* from = A.const_data_ptr<T>();
@@ -72,7 +77,7 @@ std::tuple<Tensor, Tensor> krelu_hull(const Tensor& lower, const Tensor& upper, 
   const Tensor same = identity.has_value() ? identity->contiguous() : Tensor();
   const Tensor aims = points.has_value() ? points->contiguous() : Tensor();
   AT_DISPATCH_FLOATING_TYPES(lower.scalar_type(), kOp, [&] {
-    check_directions<scalar_t>(normals);
+    if (lower.is_cpu()) check_directions<scalar_t>(normals);
     cpu::KreluArgs<scalar_t> args{};
     args.lower = l.const_data_ptr<scalar_t>();
     args.upper = u.const_data_ptr<scalar_t>();
@@ -88,7 +93,15 @@ std::tuple<Tensor, Tensor> krelu_hull(const Tensor& lower, const Tensor& upper, 
     args.point_count = aims.defined() ? aims.size(1) : 0;
     args.rows_out = rows;
     args.pivots = pivots;
-    cpu::kernels<scalar_t>().krelu_hull(args);
+    const auto wanted = device_kernels<scalar_t>(lower.device()).main.krelu_scratch;
+    Tensor scratch;
+    if (wanted != nullptr) {
+      const int64_t bytes = wanted(k);
+      args.slots = std::min(groups, std::max<int64_t>(1, kScratch / bytes));
+      scratch = at::empty({args.slots * bytes}, lower.options().dtype(at::kByte));
+      args.scratch = scratch.mutable_data_ptr();
+    }
+    kernels<scalar_t>(lower)->krelu_hull(args);
   });
   return {out, count};
 }
@@ -132,7 +145,9 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "int pivots) -> (Tensor, Tensor)");
 }
 
+// Every device by the same function: device.h has the kernels of each.
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("krelu_hull", krelu_hull); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { m.impl("krelu_hull", krelu_hull); }
 
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) { m.impl("krelu_hull", krelu_hull_autograd); }
 

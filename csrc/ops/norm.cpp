@@ -1,13 +1,17 @@
 // Masked operator norms by power iteration, and ball-and-box propagation for training through local Lipschitz bounds.
 // Plain arithmetic: estimates from below, marked as such by the callers. Guaranteed bounds: pycert/norms.
 #include <ATen/Dispatch.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/abs.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -16,7 +20,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/kernels.h"
+#include "ops/device.h"
 #include "ops/interval.h"
 
 namespace pycert {
@@ -70,7 +74,7 @@ Mask mask_of(const OptionalTensor& given, at::ScalarType dtype) {
   const Tensor flat = given->reshape({given->size(0), -1}).contiguous();
   if (flat.scalar_type() == at::kBool) {
     mask.bits = at::empty({flat.size(0), (flat.size(1) + 7) / 8}, flat.options().dtype(at::kByte));
-    cpu::kernels<float>().pack_bits(flat.const_data_ptr<bool>(), mask.bits.data_ptr<uint8_t>(), flat.size(0),
+    kernels<float>(flat)->pack_bits(flat.const_data_ptr<bool>(), mask.bits.data_ptr<uint8_t>(), flat.size(0),
                                     flat.size(1));
   } else if (flat.scalar_type() == at::kByte) {
     mask.bits = flat;  // packed already
@@ -85,7 +89,7 @@ Tensor mask_scale(const Tensor& x, const Mask& mask, const Tensor& scale) {
   const int64_t batch = x.size(0), count = batch == 0 ? 0 : x.numel() / batch;
   Tensor squares = at::empty({batch}, x.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "masked_power", [&] {
-    cpu::kernels<scalar_t>().mask_scale(
+    kernels<scalar_t>(x)->mask_scale(
         {x.data_ptr<scalar_t>(), mask.bits.defined() ? mask.bits.const_data_ptr<uint8_t>() : nullptr,
          mask.weights.defined() ? mask.weights.const_data_ptr<scalar_t>() : nullptr,
          scale.defined() ? scale.const_data_ptr<double>() : nullptr, squares.data_ptr<double>(), batch, count});
@@ -94,11 +98,36 @@ Tensor mask_scale(const Tensor& x, const Mask& mask, const Tensor& scale) {
 }
 
 Tensor reciprocal_or_zero(const Tensor& norm) {
+  if (!norm.is_cpu()) return at::where(norm.eq(0), 0.0, norm.reciprocal());
   Tensor out = at::empty_like(norm);
   const double* from = norm.const_data_ptr<double>();
   double* to = out.data_ptr<double>();
   for (int64_t i = 0; i < norm.numel(); ++i) to[i] = from[i] == 0 ? 0 : 1 / from[i];  // NaN stays NaN
   return out;
+}
+
+// Starts without a direction become zeros; the others take a smaller share of the fresh one.
+Tensor leave_out_unusable(Tensor from, bool shared, const Tensor& scale, const Tensor& amplitude, double unit) {
+  for (int64_t b = 0; b < scale.numel(); ++b) {
+    const double s = scale.const_data_ptr<double>()[b];
+    const bool usable = std::isfinite(s) && s > 0;
+    if (usable) amplitude.data_ptr<double>()[b] = unit * kFreshShare;
+    if (usable) continue;
+    scale.data_ptr<double>()[b] = 0;
+    if (shared) from = from.clone();
+    shared = false;
+    from.select(0, b).zero_();  // NaN times 0 would be NaN
+  }
+  return from;
+}
+
+// The same without waiting for the device: start, scale, amplitude.
+std::tuple<Tensor, Tensor, Tensor> without_unusable(const Tensor& from, const Tensor& scale, double unit) {
+  const Tensor usable = scale.isfinite().logical_and(scale.gt(0));
+  auto shape = std::vector<int64_t>(size_t(from.dim()), 1);
+  shape[0] = usable.size(0);
+  return {at::where(usable.view(shape), from, 0.0).to(from.scalar_type()), at::where(usable, scale, 0.0),
+          at::where(usable, at::full_like(scale, unit * kFreshShare), unit)};
 }
 
 // The start, normalised, with a fresh random direction: a start of zeros would stay zero, and a part of the operator
@@ -116,29 +145,43 @@ Tensor fresh_start(const OptionalTensor& start, at::IntArrayRef shape, const Ten
     x.copy_(from.view(shape));
     const Tensor norm = mask_scale(x, {}, {});
     scale = reciprocal_or_zero(norm);
-    for (int64_t b = 0; b < batch; ++b) {
-      const double s = scale.const_data_ptr<double>()[b];
-      const bool usable = std::isfinite(s) && s > 0;
-      if (!usable) scale.data_ptr<double>()[b] = 0;
-      if (usable) amplitude.data_ptr<double>()[b] = unit * kFreshShare;
-      if (!usable) from = from.is_same(*start) ? from.clone() : from;
-      if (!usable) from.select(0, b).zero_();  // NaN times 0 would be NaN
-    }
+    if (scale.is_cpu())
+      from = leave_out_unusable(from, from.is_same(*start), scale, amplitude, unit);
+    else
+      std::tie(from, scale, amplitude) = without_unusable(from, scale, unit);
   }
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "masked_power", [&] {
-    cpu::kernels<scalar_t>().mix_signs({from.defined() ? from.const_data_ptr<scalar_t>() : nullptr,
-                                        x.data_ptr<scalar_t>(), scale.const_data_ptr<double>(),
-                                        amplitude.const_data_ptr<double>(), batch, count, uint64_t(seed)});
+    kernels<scalar_t>(x)->mix_signs({from.defined() ? from.const_data_ptr<scalar_t>() : nullptr, x.data_ptr<scalar_t>(),
+                                     scale.const_data_ptr<double>(), amplitude.const_data_ptr<double>(), batch, count,
+                                     uint64_t(seed)});
   });
   return x;
 }
 
-// 2^e of a weight whose squares would leave the range of its dtype, else 0.
+// e where the squares of a weight would leave the range of its dtype, 2^e being its size; else 0.
 int range_exponent(const Tensor& weight) {
   if (weight.numel() == 0) return 0;
   const double largest = weight.abs().max().item<double>();
   if (!std::isfinite(largest) || largest == 0 || (largest > 0x1p-20 && largest < 0x1p20)) return 0;
   return std::ilogb(largest);
+}
+
+// The weight within range, and by what [1] its norms are to be multiplied; undefined: 1.
+std::pair<Tensor, Tensor> within_range(const Tensor& weight) {
+  if (weight.is_cpu()) {
+    const int e = range_exponent(weight);
+    if (e == 0) return {weight, {}};
+    return {weight * std::ldexp(1.0, -e / 2) * std::ldexp(1.0, -(e - e / 2)),
+            at::full({1}, std::ldexp(1.0, e), weight.options().dtype(at::kDouble))};
+  }
+  if (weight.numel() == 0) return {weight, {}};
+  // without waiting for the device; an estimate may be off by the rounding of a power
+  const Tensor largest = weight.abs().max().to(at::kDouble);
+  const Tensor usual = largest.eq(0).logical_or(largest.gt(0x1p-20).logical_and(largest.lt(0x1p20)));
+  const Tensor exponent = at::where(usual.logical_or(largest.isfinite().logical_not()), 0.0, largest.log2().floor());
+  const Tensor first = (exponent / -2).floor();
+  const auto power_of_two = [&](const Tensor& e) { return e.exp2().to(weight.scalar_type()); };
+  return {weight * power_of_two(first) * power_of_two(-exponent - first), exponent.exp2().view({1})};
 }
 
 struct PowerResult {
@@ -149,9 +192,7 @@ PowerResult power(const Tensor& given, const OptionalTensor& row_mask, const Opt
                   const OptionalTensor& start, int64_t steps, int64_t seed, bool conv, const ConvGeometry& geometry,
                   at::IntArrayRef input) {
   PrecisionGuard guard;
-  const int exponent = range_exponent(given);
-  Tensor weight = given.contiguous();
-  if (exponent != 0) weight = (weight * std::ldexp(1.0, -exponent / 2)) * std::ldexp(1.0, -(exponent - exponent / 2));
+  const auto [weight, size] = within_range(given.contiguous());
   const Layer layer = layer_of(weight, conv, geometry, input);
   const Mask rows = mask_of(row_mask, weight.scalar_type()), columns = mask_of(column_mask, weight.scalar_type());
   Tensor x = fresh_start(start, input, weight, seed);  // D_columns u
@@ -176,7 +217,7 @@ PowerResult power(const Tensor& given, const OptionalTensor& row_mask, const Opt
   const Tensor sigma = mask_scale(y, rows, inverse_u);  // y = A u / ||u||
   again(y, rows);
   const Tensor scale = inverse_u * reciprocal_or_zero(sigma);
-  return {(sigma * std::ldexp(1.0, exponent)).to(weight.scalar_type()), u.is_same(x) ? x : u, y, x, scale};
+  return {(size.defined() ? sigma * size : sigma).to(weight.scalar_type()), u.is_same(x) ? x : u, y, x, scale};
 }
 
 Tensor weight_gradient(const Tensor& grad, const Tensor& rows, const Tensor& columns, const Tensor& scale,
@@ -284,7 +325,9 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "(Tensor sigma, Tensor u, Tensor rows, Tensor columns, Tensor scale)");
 }
 
+// Every device by the same function: device.h has the kernels of each.
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("masked_power", power_cpu); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { m.impl("masked_power", power_cpu); }
 
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) { m.impl("masked_power", power_autograd); }
 

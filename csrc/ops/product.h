@@ -9,6 +9,7 @@ namespace pycert {
 // columns[starts[s] .. starts[s + 1]). Undefined: all of all.
 struct LiveColumns {
   at::Tensor segments, columns, starts;  // int64
+  at::Tensor marked;                     // RowIndex::marked, where rows are left out
 };
 
 // rows [M, K] times weight [K, N], the sum over K cut into blocks that start from zero.

@@ -64,6 +64,14 @@ void record_relaxation(DeviceKernels<T>& table, const char* name, void (*)(Argum
 #define PYCERT_RECORD_RELAXATION(name) \
   record_relaxation<T, &DeviceKernels<T>::name>(t, #name, decltype(t.name)(nullptr))
 
+// A bool in, a bit out; no struct of arguments.
+template <typename T>
+void packed(const bool* mask, uint8_t* bits, int64_t batch, int64_t count) {
+  const auto& [kernels, device] = current<T>();
+  const record::Kernel range(device, "pack_bits", {double(batch * count) * 1.125, 0});
+  kernels->main.pack_bits(mask, bits, batch, count);
+}
+
 template <typename T>
 DeviceKernels<T> make() {
   DeviceKernels<T> t{};
@@ -82,6 +90,7 @@ DeviceKernels<T> make() {
   PYCERT_RECORD(convolve_rows);
   PYCERT_RECORD(interleave);
   PYCERT_RECORD(relax);
+  PYCERT_RECORD(relax_product);
   PYCERT_RECORD(dot);
   PYCERT_RECORD(concretize);
   PYCERT_RECORD(relayout);
@@ -90,12 +99,19 @@ DeviceKernels<T> make() {
   PYCERT_RECORD(relayout_backward);
   PYCERT_RECORD(ascend);
   PYCERT_RECORD(convolve);
+  PYCERT_RECORD(mask_scale);
+  PYCERT_RECORD(mix_signs);
+  PYCERT_RECORD(ball_box);
+  PYCERT_RECORD(ball_box_backward);
+  PYCERT_RECORD(ball_box_maximum);
+  PYCERT_RECORD(krelu_hull);
   PYCERT_RECORD_RELAXATION(relu_relaxation);
   PYCERT_RECORD_RELAXATION(relu_relaxation_backward);
   PYCERT_RECORD_RELAXATION(activation_lines);
   PYCERT_RECORD_RELAXATION(activation_lines_backward);
   PYCERT_RECORD_RELAXATION(activation_interval);
   PYCERT_RECORD_RELAXATION(activation_interval_backward);
+  t.main.pack_bits = packed<T>;
   return t;
 }
 

@@ -78,12 +78,12 @@ def _(
 
 
 @torch.library.register_fake("pycert::rows_product")
-def _(rows, weight, segments, columns, starts):
+def _(rows, weight, segments, columns, starts, sample=None):
     return rows.new_empty((rows.shape[0], weight.shape[1]))
 
 
 @torch.library.register_fake("pycert::rows_convolution")
-def _(rows, weight, stride, padding, dilation, output_padding, groups, transposed, segments):
+def _(rows, weight, stride, padding, dilation, output_padding, groups, transposed, segments, sample=None):
     return rows.new_empty(
         _conv_shape(rows, weight, stride, padding, dilation, transposed, output_padding, groups)
     )
@@ -108,6 +108,32 @@ def _(
 ):
     count = sample.shape[0]
     return rows.new_empty(_rows_shape(count, window, extent)), rows.new_empty((3, count), dtype=torch.float64)
+
+
+@torch.library.register_fake("pycert::relax_product")
+def _(
+    rows,
+    source,
+    negative_from,
+    sample,
+    extent,
+    lower_slope,
+    lower_intercept,
+    upper_slope,
+    upper_intercept,
+    bias,
+    charge,
+    lower_row,
+    weight,
+    first,
+    second,
+    norm,
+):
+    count = sample.shape[0]
+    sums = rows.new_empty((3, count), dtype=torch.float64)
+    if first is not None:
+        return rows.new_empty((2, count), dtype=torch.float64), sums
+    return rows.new_empty((count, weight.shape[1])), sums
 
 
 @torch.library.register_fake("pycert::dot_rows")

@@ -227,6 +227,7 @@ T exchange(T value, unsigned from) {
 #define gridDim (pycert::shim::self()->grid_size)
 
 inline void __syncthreads() { pycert::shim::wait_for_block(); }
+inline void __syncwarp() { pycert::shim::wait_for_warp(); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {

@@ -6,6 +6,8 @@ namespace {
 
 struct OnHost {
   static cudaStream_t stream() { return nullptr; }
+  static inline bool captured = false;
+  static bool is_captured() { return captured; }
   static void check(cudaError_t error) {
     if (error != cudaSuccess) pycert::shim::fail("a launch was refused");
   }
@@ -19,5 +21,6 @@ const void* table() {
 
 }  // namespace
 
+extern "C" void pycert_shim_set_captured(bool captured) { OnHost::captured = captured; }
 extern "C" const void* pycert_shim_kernels_float() { return table<float>(); }
 extern "C" const void* pycert_shim_kernels_double() { return table<double>(); }
