@@ -169,3 +169,23 @@ class ExactHull:
             ]
         )
         return np.hstack([x, np.maximum(x, 0)])
+
+
+def gap_left(rows: np.ndarray, triangles: np.ndarray, limit: np.ndarray, rng: np.random.Generator) -> float:
+    """Share of the gap between ``triangles`` (1) and the exact hull (0) that ``rows`` leave, over six random objectives."""
+    from scipy.optimize import linprog
+
+    vertices = ExactHull(limit).vertices()
+    k = vertices.shape[1] // 2
+    objectives = rng.standard_normal((6, 2 * k))
+    objectives[3:, :k] = 0
+
+    def optimum(constraints: np.ndarray) -> float:
+        found = (
+            linprog(-d, A_ub=-constraints[:, 1:], b_ub=constraints[:, 0], bounds=(None, None))
+            for d in objectives
+        )
+        return sum(-each.fun for each in found)
+
+    exact = (vertices @ objectives.T).max(0).sum()
+    return float((optimum(rows) - exact) / (optimum(triangles) - exact))

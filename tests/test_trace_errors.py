@@ -42,7 +42,7 @@ LAYERS = {
 }  # fmt: skip
 
 FUNCTIONS = {
-    "power": (lambda m, x: x**3, "pow", "0.5"),
+    "power": (lambda m, x: x**2.5, "pow", "0.5"),
     "power_of_a_constant": (lambda m, x: 2**x, "pow", ""),
     "logarithm": (lambda m, x: x.log1p(), "log1p", "register_activation"),
     "floor_division": (lambda m, x: x // 2, "floordiv", "without rounding"),

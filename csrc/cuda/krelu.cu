@@ -375,7 +375,8 @@ struct Hull {
     }
     take();
     int64_t used = 0;
-    for (int ray = 0; ray < args.point_count || used < args.pivots; ++ray) {
+    // two steps of this walk find about as much as a ray of the processor's
+    for (int ray = 0; ray < args.point_count || used / 2 < args.pivots; ++ray) {
       if (!simplex.refresh()) return;
       aim(ray, count);
       used += 1 + simplex.climb(50 * n, take);
