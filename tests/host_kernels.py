@@ -30,7 +30,7 @@ def sources() -> list[Path]:
 def compiler() -> str:
     found = shutil.which(os.environ.get("CXX", "g++"))
     if found is None:
-        pytest.skip("no C++ compiler")
+        pytest.skip("no C++ compiler to run the CUDA kernels on the host with: set CXX or install g++")
     return found
 
 

@@ -300,7 +300,7 @@ def test_plot_draws_unfinished_results(folder, capsys):
 
 
 def test_the_demo_runs_and_its_command_too(folder, monkeypatch, capsys):
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="the demo trains on scikit-learn's digits")
     monkeypatch.setattr(demo, "RADII", (0.0, 0.1))
     assert main("demo --epochs 2 --samples 20 --quiet --out demo".split()) == 0
     output = capsys.readouterr().out

@@ -25,7 +25,7 @@ def test_the_primers_sum_of_two_neurons():
 
 def triangle_optimum(net: nn.Sequential, boxes: list, x_box: tuple, row: np.ndarray) -> float:
     """The least ``row @ net(x)`` over triangles, by another solver from other matrices."""
-    linprog = pytest.importorskip("scipy.optimize").linprog
+    linprog = pytest.importorskip("scipy.optimize", reason="the optimum by another solver").linprog
     layers = [m for m in net if isinstance(m, nn.Linear)]
     sizes = [layers[0].in_features, *(m.out_features for m in layers[:-1])]
     starts = np.concatenate([[0], np.cumsum(sizes)])

@@ -186,7 +186,7 @@ def test_the_committed_page_shows_what_the_code_computes():
 
 @pytest.mark.parametrize("form", ["png", "svg"])
 def test_command_writes_pictures_and_page(tmp_path, capsys, monkeypatch, form):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
     monkeypatch.setattr(plot.page.relaxation_page, "__defaults__", ((-1.0,), (1.0,)))
     command = ["plot", "relaxation", "--lower", "-1.5", "--upper", "0.75", "--format", form]
     assert main([*command, "--out", str(tmp_path / "new")]) == 0

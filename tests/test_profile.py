@@ -106,7 +106,7 @@ def test_memory_of_a_large_block_is_seen():
     with pycert.profile() as p:
         torch.ones(2**24).sum()
     if p.peak_bytes is None:
-        pytest.skip("this system does not say")
+        pytest.skip("this system does not say how much memory a process holds")
     assert 2**25 < p.peak_bytes < 2**28
 
 
@@ -119,7 +119,7 @@ def test_traces_name_the_layers(tmp_path):
 
 
 def test_pictures_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
     path = recorded().picture(tmp_path / "profile.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing was recorded"):
@@ -163,7 +163,7 @@ COMMAND = ["profile", f"{__file__}:build", "--input-shape", "1", "8", "8"]
 
 
 def test_the_command(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="pictures are drawn by matplotlib")
     files = [str(tmp_path / name) for name in ("out.json", "trace.json", "picture.png")]
     command = [*COMMAND, "--eps", "2/255", "--batch", "2"]
     status = cli.main([*command, "--json", files[0], "--trace", files[1], "--plot", files[2], "--gradient"])

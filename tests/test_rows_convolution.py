@@ -1,10 +1,11 @@
 """The convolution of coefficient rows against torch in float64, within what its summation chain allows."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import pycert
@@ -82,6 +83,34 @@ def test_threads_and_runs_change_no_bit(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found, want)
+
+
+UNIT = Fraction(1, 2**24)
+
+
+@pytest.mark.parametrize("method", ["crown", "crown-ibp"])
+@pytest.mark.parametrize("count", [32, 64, 1024])
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_bounds_charge_the_whole_chain(kind, count, method):
+    """Coefficients that lose what they can: 1, then numbers just too small to be added to it, in blocks of 32.
+
+    f = sum_k c_k x over [-1, 1] has the maximum sum c_k; the sum in float32 lacks one unit for every number lost.
+    """
+    coefficients = torch.zeros(1, count)
+    coefficients[:, :32] = coefficients[:, ::32] = 2.0**-24 * (1 - 2.0**-10)
+    coefficients[0, 0] = 1
+    exact = sum(Fraction(value) for value in coefficients[0].tolist())
+    shape = (1, 1, 1, 1) if kind == "convolution" else (1, 1)
+    first = nn.Conv2d(1, count, 1, bias=False) if kind == "convolution" else nn.Linear(1, count, bias=False)
+    net = nn.Sequential(first, nn.Flatten(), nn.Linear(count, 1, bias=False)).requires_grad_(False)
+    nn.init.ones_(net[0].weight)
+    net[2].weight.copy_(coefficients)
+    bm, box = pycert.BoundedModule(net, torch.zeros(shape)), pycert.Box(-torch.ones(shape), torch.ones(shape))
+    for soundness in ("real", "deployed"):
+        bounds = bm.bound(box, method, soundness=soundness, intersect=False)
+        assert Fraction(bounds.upper.item()) >= exact and Fraction(bounds.lower.item()) <= -exact
+    plain = bm.bound(box, method, soundness="none", intersect=False).upper.item()
+    assert exact - Fraction(plain) > 30 * UNIT, "the example must lose nearly a whole block"
 
 
 def test_nan_and_infinity_are_not_taken_for_zero():
