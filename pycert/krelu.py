@@ -182,8 +182,8 @@ class CutSet:
             index: like ``P_y``, int64: which neurons.
 
         Raises:
-            ValueError: no activation reads the layer; shapes do not fit; NaN or infinite numbers; an index
-                out of range.
+            ValueError: no activation reads the layer, or several that differ; shapes do not fit; NaN or infinite
+                numbers; an index out of range.
             TypeError: the dtypes differ.
 
         Soundness: the caller vouches for the rows; whatever multipliers they get, the bounds then hold.
@@ -354,7 +354,10 @@ def known_boxes(bm: BoundedModule, regions: list[Any], parsed: Options) -> tuple
 
     With ``intermediate="krelu"`` the rows of earlier layers tighten the bounds of later ones.
     """
-    relus = {n.inputs[0] for n in bm.graph.nodes if n.op == "relu"}
+    relus: dict[int, int] = {}  # the first ReLU that reads a value: another activation may read it, too
+    for i, n in enumerate(bm.graph.nodes):
+        if n.op == "relu":
+            relus.setdefault(n.inputs[0], i)
     tighten = parsed.intermediate == "krelu"
     base = "crown" if tighten else parsed.intermediate
     plain = dataclasses.replace(_bare(parsed), iterations=20, learning_rate=parsed.learning_rate)
@@ -369,7 +372,7 @@ def known_boxes(bm: BoundedModule, regions: list[Any], parsed: Options) -> tuple
             with torch.no_grad():
                 found = _layer_cuts(bm, regions, node, given, parsed)
             if found is not None:
-                cuts.cuts[_activation_of(bm.graph, found.layer)[0]] = found
+                cuts.cuts[relus[node]] = found
     return given, cuts
 
 
@@ -484,11 +487,17 @@ def _node_of(graph: Graph, layer: str) -> int:
 
 
 def _activation_of(graph: Graph, layer: str) -> tuple[int, int]:
-    """Numbers of the first activation that reads a layer, and of the layer."""
+    """Numbers of the first activation that reads a layer, and of the layer; several have to be the same function."""
     found: dict[str, tuple[int, int]] = {}
     for i, n in enumerate(graph.nodes):
-        if n.op in ACTIVATIONS:
-            found.setdefault(_name(graph, n.inputs[0]), (i, n.inputs[0]))
+        if n.op not in ACTIVATIONS:
+            continue
+        name = _name(graph, n.inputs[0])
+        first = graph.nodes[found.setdefault(name, (i, n.inputs[0]))[0]]
+        if name == layer and (first.op, first.params, first.attrs) != (n.op, n.params, n.attrs):
+            raise ValueError(
+                f"layer {layer!r} is read by {first.op} and {n.op}: rows cannot tell which one they mean"
+            )
     if layer not in found:
         raise ValueError(f"layer must be one that an activation reads ({', '.join(found)}), got {layer!r}")
     return found[layer]

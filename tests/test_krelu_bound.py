@@ -402,3 +402,30 @@ def test_without_rows_values_and_gradients_are_those_of_crown():
         bm.bound(region, method, soundness="none", **options).lower.sum().backward()
         grads[method] = bm.net[0].weight.grad.clone()
     torch.testing.assert_close(grads["krelu"], grads["crown"])
+
+
+class TwoReaders(nn.Module):
+    """A layer that a sigmoid reads before a ReLU does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.first(x)
+        return self.last(torch.cat([torch.sigmoid(z), torch.relu(z)], 1))
+
+
+def test_rows_of_relus_stay_with_the_relu():
+    torch.manual_seed(1)
+    net = TwoReaders()
+    for p in net.parameters():
+        p.data.normal_()
+    region = pycert.LpBall(torch.randn(4, 3), eps=1.0)
+    bm = pycert.BoundedModule(net, torch.empty(1, 3))
+    bounds = bm.bound(region, method="krelu", k=2)
+    y = outputs(net, samples(region))
+    assert (bounds.lower <= y.amin(0)).all() and (y.amax(0) <= bounds.upper).all()
+    row = torch.ones(1, 4)
+    with pytest.raises(ValueError, match="read by sigmoid and relu"):
+        krelu.CutSet(bm).add_cuts("first", row, row, torch.ones(1))

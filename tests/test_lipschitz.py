@@ -340,3 +340,40 @@ def test_the_experiment_on_level_curves_runs(tmp_path):
         level_curves.signed_distance("square", torch.tensor([[2.0, 2.0], [0.5, 0.0]]))
         == torch.tensor([2**0.5, -0.5])
     ).all()
+
+
+class TiedWeights(nn.Module):
+    """One weight, read by a convolution and by a transposed one, whose output channels are its other dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3, 2, 2) * torch.tensor([10, 0.01, 1]).view(3, 1, 1, 1))
+        self.last = nn.Linear(48, 2)
+
+    def forward(self, x):
+        hidden = torch.conv2d(x, self.weight, padding=1).relu()
+        return self.last(torch.conv_transpose2d(hidden, self.weight, padding=1).relu().flatten(1))
+
+
+@pytest.mark.parametrize("p", [1, math.inf])
+def test_norms_of_rows_of_a_weight_that_two_operators_share(p):
+    torch.manual_seed(0)
+    net, x = TiedWeights(), torch.randn(1, 3, 4, 4)
+    bounds = pycert.BoundedModule(net, x).bound(pycert.LpBall(x, eps=0.05, p=p), method="lipschitz")
+    step = torch.eye(48).repeat(2, 1) if p == 1 else torch.ones(2000, 48)
+    step = step * torch.randn_like(step).sign() * 0.0499999
+    y = net(x + step.view(-1, 3, 4, 4)).detach()
+    assert (bounds.lower <= y).all() and (y <= bounds.upper).all()
+
+
+def test_a_mean_over_all_elements_of_a_sample():
+    net = LastMean()
+    x = torch.randn(2, 5)
+    bounds = pycert.BoundedModule(net, x).bound(pycert.LpBall(x, eps=0.1), method="lipschitz")
+    assert (bounds.lower <= net(x)).all() and (net(x) <= bounds.upper).all()
+    assert torch.isfinite(bounds.upper).all()
+
+
+class LastMean(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(-1, keepdim=True)).relu()

@@ -408,13 +408,14 @@ class Walk:
 
     def _norms_of_rows(self, i: int) -> Tensor:
         """At least ``||W_k||_q`` with the dual q of p, for every output (channel) of affine node ``i``."""
-        norms = cached(
+        operator = self._operator(i)
+        norms = cached(  # a convolution and a transposed one may share their weight
             self._param(i, 0),
-            ("rows", self.settings.p),
-            lambda: _row_norms(self._operator(i), self.settings.p),
+            ("rows", operator.geometry, self.settings.p),
+            lambda: _row_norms(operator, self.settings.p),
         )
         if torch.is_grad_enabled():
-            norms = with_gradient(norms, _row_norms(self._operator(i), self.settings.p))
+            norms = with_gradient(norms, _row_norms(operator, self.settings.p))
         return norms
 
     # ---- the other affine operators, pooling, joining ----------------------------------------------------
@@ -548,7 +549,7 @@ class Walk:
         if noise is None:
             return lengths
         p = self.settings.p
-        flat = noise.flatten(1)
+        flat = noise.reshape(len(noise), -1)  # one number a sample has no other dimension
         if p == math.inf:
             size = flat.amax(1)
         elif p == 1:
