@@ -2,17 +2,20 @@
 
     python recipes/lipschitz.py mnist --data mnist.npz --out mnist.json                 # the published schedule
     python recipes/lipschitz.py mnist --data mnist.npz --out mnist.json --steps 1000 --batch 64    # a short one
-    python recipes/lipschitz.py cifar --data cifar.npz --out cifar.json --activation maxmin
+    python recipes/lipschitz.py cifar --data train.npz test.npz --out cifar.json --activation maxmin
+    python recipes/lipschitz.py tiny --data tiny.npz --out tiny.json --store-folder starts
 
 The data file holds ``x_train, y_train, x_test, y_test`` as ``np.savez`` writes them, images as uint8 with or without a
-channel dimension. The result holds clean accuracy, accuracy under PGD and certified accuracy, with local and with
-global bounds, and per layer the shares of eliminated rows and columns. Certificates are those of
-``pycert.certify``, sound in floating point; the norms that training sees are estimates.
+channel dimension; of two files each holds ``x`` and ``y``, of training and of test. The result holds clean accuracy,
+accuracy under PGD and certified accuracy, with local and with global bounds, and per layer the shares of
+eliminated rows and columns. Certificates are those of ``pycert.certify``, sound in floating point; the norms that
+training sees are estimates.
 
 With fewer ``--steps`` every phase of the published schedule keeps its share. The result file is written as training
 goes; a checkpoint beside it (``.ckpt``) lets the same command go on where it was stopped. Power iterations start
-from what they found for the same sample in the epoch before (``--store``, gigabytes), or else from what they found in
-the batch before, which costs nothing and suits runs of few epochs. ``recipes/plot_lipschitz.py`` plots the results.
+from what they found for the same sample in the epoch before (``--store``: gigabytes of memory, or of files with
+``--store-folder``), or else from what they found in the batch before, which costs nothing and suits runs of few epochs.
+``recipes/plot_lipschitz.py`` plots the results.
 """
 
 from __future__ import annotations
@@ -36,7 +39,11 @@ from pycert.train import losses
 
 @dataclasses.dataclass
 class Schedule:
-    """Published settings: epochs, of them clean, of them ramping; eps in training and in the test, and the rest."""
+    """Published settings: epochs, of them clean, of them ramping; eps in training and in the test, and the rest.
+
+    end_rate: what the learning rate falls to. sparsity: weight of the upper part of the sparsity loss, whose own weight
+    is 0.01. local_layers: affine layers with norms of every sample; those of the others are global.
+    """
 
     epochs: int
     warm_up: int
@@ -46,17 +53,36 @@ class Schedule:
     loss: str
     power_steps: int
     learning_rate: float
+    end_rate: float
     theta: float
     sparsity: float | None = None
     augment: bool = False
     batch: int = 256
+    local_layers: tuple[int, ...] | None = None
 
 
 SCHEDULES = {
-    "mnist": Schedule(300, 0, 150, 1.75, 1.58, "gloro", 5, 1e-3, 1.0),
-    "cifar": Schedule(800, 20, 400, 0.1551, 36 / 255, "bcp", 2, 1e-3, 2.0, augment=True),
-    "tiny": Schedule(250, 0, 125, 0.16, 36 / 255, "bcp", 1, 2.5e-4, 1.0, 0.1, True, 128),
+    "mnist": Schedule(300, 0, 150, 1.75, 1.58, "gloro", 5, 1e-3, 5e-6, 1.0),
+    "cifar": Schedule(800, 20, 400, 0.1551, 36 / 255, "bcp", 2, 1e-3, 1e-6, 2.0, augment=True),
+    "tiny": Schedule(
+        250, 0, 125, 0.16, 36 / 255, "bcp", 1, 2.5e-4, 5e-7, 1.0, 0.1, True, 128, local_layers=(0, 3, 6, 7, 8)
+    ),
 }
+#: What differs for clipped MaxMin.
+OF_MAXMIN = {"tiny": {"power_steps": 3, "learning_rate": 1e-4}}
+#: Its thresholds at the start, low and high, layer by layer.
+THRESHOLDS = {
+    "mnist": [(-1.2, 1.2)] * 6,
+    "cifar": [(-0.1, 0.1), (-0.15, 0.1), (-0.15, 0.15), (-0.15, 0.15), (-0.2, 0.2), (-0.3, 0.3), (-1.2, 1.2)],
+    "tiny": [(-high, high) for high in (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6)],
+}
+
+
+def schedule(name: str, activation: str) -> Schedule:
+    """Of one network with one activation."""
+    return dataclasses.replace(SCHEDULES[name], **OF_MAXMIN.get(name, {}) if activation == "maxmin" else {})
+
+
 #: Seconds between checkpoints.
 SAVE_EVERY = 60.0
 #: Convolutions as (channels, kernel, stride, padding), then widths of dense layers.
@@ -79,6 +105,7 @@ NETWORKS = {
 def build(name: str, activation: str, theta: float, shape: tuple[int, ...]) -> nn.Sequential:
     """The network, its activations fitted to the shapes that they see."""
     convolutions, widths = NETWORKS[name]
+    thresholds = iter(THRESHOLDS[name])
     layers: list[nn.Module] = []
     x = torch.zeros(1, *shape)
 
@@ -92,12 +119,15 @@ def build(name: str, activation: str, theta: float, shape: tuple[int, ...]) -> n
         kinds = {
             "relu": lambda: nn.ReLU(),
             "theta": lambda: pycert.nn.ReLUTheta(x.shape[1:], theta),
-            "maxmin": lambda: pycert.nn.ClippedMaxMin(x.shape[1:]),
+            "maxmin": lambda: pycert.nn.ClippedMaxMin(x.shape[1:], *next(thresholds)),
         }
         add(kinds[activation]())
 
     for channels, kernel, stride, padding in convolutions:
-        add(nn.Conv2d(x.shape[1], channels, kernel, stride, padding))
+        layer = nn.Conv2d(x.shape[1], channels, kernel, stride, padding)
+        nn.init.normal_(layer.weight, 0, (2 / (kernel * kernel * channels)) ** 0.5)
+        nn.init.zeros_(layer.bias)
+        add(layer)
         activate()
     add(nn.Flatten())
     for width in widths[:-1]:
@@ -107,21 +137,37 @@ def build(name: str, activation: str, theta: float, shape: tuple[int, ...]) -> n
     return nn.Sequential(*layers)
 
 
-def load(path: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    file = np.load(path)
-    images = [torch.from_numpy(file[key]).float() / 255 for key in ("x_train", "x_test")]
-    train, test = (x.unsqueeze(1) if x.dim() == 3 else x for x in images)
-    labels = (torch.from_numpy(file[key]).long() for key in ("y_train", "y_test"))
-    return train, next(labels), test, next(labels)
+def load(paths: list[Path]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images in [0, 1] and labels of training, then of test."""
+    if len(paths) == 1:
+        file = np.load(paths[0])
+        arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+    else:
+        arrays = [np.load(path)[key] for path in paths for key in ("x", "y")]
+    x, y, x_test, y_test = (torch.from_numpy(array) for array in arrays)
+    train, test = (t.unsqueeze(1) if t.dim() == 3 else t for t in (x.float() / 255, x_test.float() / 255))
+    return train, y.long(), test, y_test.long()
 
 
 def augmented(x: Tensor) -> Tensor:
-    """Random crops after padding by four, and flips."""
+    """Crops after padding by four, and flips, at random for every image."""
+    batch, channels, height, width = x.shape
     padded = nn.functional.pad(x, (4, 4, 4, 4))
-    dy, dx = torch.randint(0, 9, (2,)).tolist()
-    x = padded[:, :, dy : dy + x.shape[2], dx : dx + x.shape[3]]
-    flip = torch.rand(len(x), 1, 1, 1) < 0.5
-    return torch.where(flip, x.flip(3), x)
+    rows, columns = (torch.randint(0, 9, (batch, 1)) + torch.arange(size) for size in (height, width))
+    columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
+    of_batch, of_channels = (
+        torch.arange(batch)[:, None, None, None],
+        torch.arange(channels)[None, :, None, None],
+    )
+    return padded[of_batch, of_channels, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def batch_of(step: int, count: int, size: int, seed: int) -> Tensor:
+    """Which samples a step sees: every epoch goes through all of them in an order of its own."""
+    per_epoch = -(-count // size)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + step // per_epoch)
+    first = step % per_epoch * size
+    return torch.randperm(count, generator=generator)[first : first + size]
 
 
 def share_of_ramp(done: float, plan: Schedule) -> float:
@@ -130,9 +176,11 @@ def share_of_ramp(done: float, plan: Schedule) -> float:
 
 
 def learning_rate(done: float, plan: Schedule, decay: float) -> float:
-    """Constant until the ramp ends, then exponentially to 1e-6."""
-    late = max(0.0, done - 0.53) / 0.47
-    return plan.learning_rate * (1e-6 / plan.learning_rate) ** (late * decay)
+    """Constant until 25 epochs after half of them, then exponentially to the last."""
+    half = plan.epochs / 2
+    epoch = done * plan.epochs
+    late = (epoch - (half + 24)) / (half - 25) if epoch >= half + 25 else 0.0
+    return plan.learning_rate * (plan.end_rate / plan.learning_rate) ** (late * decay)
 
 
 @dataclasses.dataclass
@@ -174,12 +222,14 @@ def train(
     optimizer = torch.optim.Adam(net.parameters(), lr=plan.learning_rate)
     checkpoint = args.out.with_suffix(".ckpt")
     progress = Progress.load(checkpoint, net, optimizer)
-    store = losses.WarmStarts(net, x[:1], len(x)) if args.bound == "local" and args.store else None
+    store = None
+    if args.bound == "local" and (args.store or args.store_folder is not None):
+        store = losses.WarmStarts(net, x[:1], len(x), path=args.store_folder, local_layers=plan.local_layers)
     print(store if store is not None else "power iterations start from the batch before")
     saved = time.perf_counter()
     for step in range(progress.step, progress.step if args.evaluate else total):
         started = time.perf_counter()
-        found = update(net, x, y, plan, args, optimizer, step / total, progress, store)
+        found = update(net, x, y, plan, args, optimizer, step, total, progress, store)
         progress.step = step + 1
         progress.seconds += time.perf_counter() - started
         if step % max(1, total // 60) == 0 or step == total - 1:
@@ -199,15 +249,17 @@ def update(
     plan: Schedule,
     args: argparse.Namespace,
     optimizer: torch.optim.Optimizer,
-    done: float,
+    step: int,
+    total: int,
     progress: Progress,
     store: losses.WarmStarts | None,
 ) -> dict:
     """One step of the optimizer; what it saw."""
+    done = step / total
     share = share_of_ramp(done, plan)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(done, plan, args.decay)
-    index = torch.randint(0, len(x), (args.batch,))
+    index = batch_of(step, len(x), args.batch, args.seed)
     images, labels = augmented(x[index]) if plan.augment else x[index], y[index]
     found = losses.worst_logits(
         net,
@@ -216,8 +268,9 @@ def update(
         plan.train_eps * share,
         bound=args.bound,
         steps=plan.power_steps,
-        starts=progress.starts if store is None else store.take(index),
+        starts=starts_of(progress, len(index)) if store is None else store.take(index),
         sparsity=plan.sparsity,
+        local_layers=plan.local_layers,
     )
     if store is None:
         progress.starts = [start.detach() for start in found.starts]
@@ -228,10 +281,11 @@ def update(
     else:
         loss = losses.bcp_loss(found, labels, 1 - share)
     if found.sparsity is not None:
-        loss = loss + 0.01 * found.sparsity
+        loss = loss + share * 0.01 * found.sparsity
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+    if args.clip is not None:
+        nn.utils.clip_grad_norm_(net.parameters(), args.clip)
     optimizer.step()
     losses.project_thresholds(net)
     return {
@@ -241,6 +295,16 @@ def update(
         "estimated_robust": (found.worst.argmax(1) == labels).float().mean().item(),
         "live": [round(one.item(), 4) for one in found.live],
     }
+
+
+def starts_of(progress: Progress, batch: int) -> list[Tensor] | None:
+    """What the batch before ended with, for as many samples as there are now (an epoch's last batch may be short)."""
+    if progress.starts is None:
+        return None
+    return [
+        start if len(start) in (1, batch) else start[torch.arange(batch) % len(start)]
+        for start in progress.starts
+    ]
 
 
 def write(path: Path, result: dict) -> None:
@@ -288,10 +352,22 @@ def evaluate(net: nn.Module, x: Tensor, y: Tensor, eps: float, args: argparse.Na
         (eps, correct & ~found.success),
         (eps / 2, correct),
     ):  # an attack leaves no certificate
-        found_here = pycert.certify(
-            bm, x[open_ones], y[open_ones], radius, 2, "lipschitz", (0, 1), batch_size=25, cascade=False
-        )
-        curve.append({"eps": radius, "certified": found_here.certified.sum().item() / len(x)})
+        count = 0
+        if bool(open_ones.any()):
+            count = int(
+                pycert.certify(
+                    bm,
+                    x[open_ones],
+                    y[open_ones],
+                    radius,
+                    2,
+                    "lipschitz",
+                    (0, 1),
+                    batch_size=25,
+                    cascade=False,
+                ).certified.sum()
+            )
+        curve.append({"eps": radius, "certified": count / len(x)})
         yield {"certified": curve[0]["certified"], "curve": curve}
         if radius == eps:
             yield {
@@ -318,7 +394,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("network", choices=tuple(NETWORKS))
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, help="one file, or of training and of test"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--activation", choices=("relu", "theta", "maxmin"), default="theta")
     parser.add_argument("--bound", choices=("local", "global"), default="local")
@@ -331,6 +409,8 @@ def main() -> None:
     parser.add_argument(
         "--store", action=argparse.BooleanOptionalAction, default=True, help="keep warm starts per sample"
     )
+    parser.add_argument("--store-folder", type=Path, help="keep them in files of this folder")
+    parser.add_argument("--clip", type=float, help="largest norm of the gradient; as published: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--evaluate", action="store_true", help="evaluate the checkpoint as it is, untrained further"
@@ -338,13 +418,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)
-    plan = SCHEDULES[args.network]
+    plan = schedule(args.network, args.activation)
     if args.train_eps is not None:
         plan = dataclasses.replace(plan, train_eps=args.train_eps)
     args.batch = args.batch or plan.batch
     x, y, x_test, y_test = load(args.data)
     net = build(args.network, args.activation, plan.theta, tuple(x.shape[1:]))
-    keys = ("network", "activation", "bound", "steps", "batch", "decay", "store", "seed")
+    keys = ("network", "activation", "bound", "steps", "batch", "decay", "store", "clip", "seed")
     settings = {key: getattr(args, key) for key in keys} | {"schedule": dataclasses.asdict(plan)}
     settings["command"] = "python " + shlex.join(sys.argv)
     progress = train(net, x, y, plan, args, settings)

@@ -330,12 +330,25 @@ def test_the_command_line_certifies_with_it(tmp_path, monkeypatch, capsys):
 
 def test_the_experiment_on_level_curves_runs(tmp_path):
     options = (
-        "--widths 4 --steps 20 --samples 24 --activations maxmin --sets circle --methods crown --no-plot"
+        "--widths 4 6 --steps 80 --samples 24 --seeds 0 1 --activations maxmin --sets circle "
+        "--methods lipschitz crown --share 0.2"
     )
     assert level_curves.main([*options.split(), "--out", str(tmp_path)]) == 0
-    (row,) = json.loads((tmp_path / "level_curves.json").read_text())["rows"]
-    assert row["width"] == 4 and 0 <= row["lipschitz test"] <= row["accuracy test"] <= 1
-    assert "| circle | maxmin |" in (tmp_path / "level_curves.md").read_text()
+    found = json.loads((tmp_path / "level_curves.json").read_text())
+    rows = found["rows"]
+    assert [(row["width"], row["seed"]) for row in rows] == [(4, 0), (4, 1), (6, 0), (6, 1)]
+    for row in rows:
+        # Whatever is certified is truly so; the local constant's ball is of float32, the grid's boundary of 0.01.
+        assert 0 < row["global test"] <= row["lipschitz test"] + 1e-6 <= row["truly robust test"] + 0.1
+        assert 0 < row["global / true radius"] <= row["local / true radius"] * 1.01 <= 1.05
+        assert row["gap"] == row["global train"] - row["global test"]
+    mean = sum(row["global test"] for row in rows[:2]) / 2
+    text = (tmp_path / "level_curves.md").read_text()
+    assert f"| circle | maxmin | {100 * mean:.1f} |" in text and "## Certified accuracy on training" in text
+    assert found["width_needed"] == {"circle, maxmin": 4 if mean >= 0.2 else 6}
+    assert (tmp_path / "level_curves.png").stat().st_size > 10_000
+    ring = level_curves.signed_distance("ring", torch.tensor([[0.0, 0.3], [1.0, 0.0], [0.0, -2.0]]))
+    assert torch.allclose(ring, torch.tensor([0.25, -0.45, 0.55]))
     assert (
         level_curves.signed_distance("square", torch.tensor([[2.0, 2.0], [0.5, 0.0]]))
         == torch.tensor([2**0.5, -0.5])

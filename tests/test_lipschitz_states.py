@@ -16,7 +16,7 @@ import pycert
 from lipschitz_nets import NETWORKS, balls, networks, operator_norm, trained
 from pycert import lipschitz
 from pycert.lipschitz import pullback, states
-from pycert.lipschitz.slopes import _RANGES, slope_range
+from pycert.lipschitz.slopes import _RANGES, hypotenuse_range, slope_range
 
 PS = [1, 2, math.inf]
 
@@ -212,22 +212,123 @@ def test_nan_weights_give_no_number():
     assert not torch.isfinite(found).any()
 
 
+FUNCTIONS = {
+    "relu": F.relu, "abs": torch.abs, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+    "clamp": lambda x: x.clamp(-0.5, 0.7), "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
+    "prelu": lambda x: F.leaky_relu(x, 0.1), "elu": lambda x: F.elu(x, 1.3), "softplus": F.softplus,
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "mish": F.mish,
+    "hardswish": F.hardswish, "softsign": F.softsign, "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt,
+    "reciprocal": torch.reciprocal, "square": torch.square}  # fmt: skip
+POSITIVE = ("log", "sqrt")
+
+
 @pytest.mark.parametrize("op", sorted(_RANGES))
-def test_ranges_of_slopes_hold(op):
-    functions = {
-        "relu": F.relu, "abs": torch.abs, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-        "clamp": lambda x: x.clamp(-0.5, 0.7), "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
-        "prelu": lambda x: F.leaky_relu(x, 0.1), "elu": lambda x: F.elu(x, 1.3), "softplus": F.softplus,
-        "silu": F.silu, "gelu": F.gelu}  # fmt: skip
+def test_ranges_of_slopes_are_exact(op):
+    """Never crossed by a slope within, and reached on a fine grid, but for kinks."""
     torch.manual_seed(0)
     middle, half = torch.randn(400).double() * 3, torch.rand(400).double() ** 3 * 4
+    if op in POSITIVE:
+        middle = middle.abs() + half + 0.01
+    if op == "reciprocal":
+        middle = middle + torch.sign(middle) * (half + 0.01)
     attrs = {"slope": 0.1, "alpha": 1.3, "threshold": 20.0, "min": -0.5, "max": 0.7}
-    least, most = slope_range(op, middle - half, middle + half, attrs)
-    points = (middle + half * torch.linspace(-1, 1, 65).double()[:, None]).requires_grad_()
-    (gradient,) = torch.autograd.grad(functions[op](points).sum(), points)
+    lower, upper = middle - half, middle + half
+    least, most = slope_range(op, lower, upper, attrs)
+    points = (middle + half * torch.linspace(-1, 1, 1025).double()[:, None]).clamp(lower, upper)
+    points.requires_grad_()
+    (gradient,) = torch.autograd.grad(FUNCTIONS[op](points).sum(), points)
     assert (least <= gradient).all() and (gradient <= most).all()
-    narrow = slope_range(op, middle - 1e-4, middle + 1e-4, attrs)
-    assert (narrow[1] - narrow[0]).median() < 1e-3  # it does look at the interval
+    size = torch.maximum(least.abs(), most.abs())
+    for end, reached in ((least, gradient.amin(0)), (most, gradient.amax(0))):
+        assert ((end - reached).abs() <= 0.01 * (1 + size)).all()
+
+
+@pytest.mark.parametrize("op", sorted(set(_RANGES) - {*POSITIVE, "reciprocal", "softplus"}))
+def test_ranges_of_slopes_on_unbounded_and_undefined_intervals(op):
+    attrs = {"slope": 0.1, "alpha": 1.3, "min": -0.5, "max": 0.7}
+    infinity = torch.tensor([math.inf]).double()
+    points = torch.linspace(-50, 50, 10_001).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(FUNCTIONS[op](points).sum(), points)
+    for lower, upper, inside in (
+        (-infinity, infinity, points < math.inf),
+        (-infinity, 0 * infinity.clamp(max=1) + 1.0, points <= 1.0),
+        (infinity.clamp(max=-1.0), infinity, points >= -1.0),
+    ):
+        least, most = slope_range(op, lower, upper, attrs)
+        found = gradient[inside]
+        assert least <= found.amin() and found.amax() <= most, op
+    nothing = slope_range(op, infinity * torch.nan, infinity * torch.nan, attrs)
+    assert nothing == slope_range(op, -infinity, infinity, attrs)  # an undefined box says nothing
+
+
+def test_the_slope_of_a_hypotenuse_is_exact():
+    torch.manual_seed(0)
+    middle, half = torch.randn(300).double(), torch.rand(300).double() ** 3 * 2
+    lower, upper = middle - half, middle + half
+    least, most = hypotenuse_range(lower, upper, torch.tensor(0.01).double())
+    exact = [end / (end.square() + 0.01).sqrt() for end in (lower, upper)]
+    assert (least <= exact[0]).all() and (exact[1] <= most).all()
+    assert ((exact[0] - least).abs() <= 2e-6).all() and ((most - exact[1]).abs() <= 2e-6).all()
+    ends = torch.tensor([-math.inf, -1e200, 1e200, math.inf]).double()
+    for found in hypotenuse_range(ends, ends, torch.tensor(0.01).double()):
+        assert torch.allclose(found, ends.sign(), atol=1e-8)
+
+
+class Smooth(nn.Module):
+    """Also a chain that goes on behind the hypotenuse."""
+
+    def __init__(self, chained: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(2, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.smooth, self.chained = pycert.nn.SmoothMaxMin(0.3), chained
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.smooth(self.first(x)))
+        return self.last(torch.tanh(torch.sqrt(x.square() + 0.04)) if self.chained else self.smooth(x))
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("p", PS)
+def test_smooth_maxmin_is_no_looser_than_its_slopes(p, chained):
+    torch.manual_seed(0)
+    net = Smooth(chained).double()
+    with torch.no_grad():
+        net.second.weight.mul_(0.3)
+        net.second.bias.mul_(0.1)
+    bm = pycert.BoundedModule(net, torch.empty(1, 2).double())
+    x = torch.randn(4, 2).double()
+    for eps in (1e-6, 0.05, 1.0):
+        region = pycert.LpBall(x, eps, math.inf)
+        local, found = lipschitz.local_bound(bm, region, p), lipschitz.jacobian_bound(bm, region)
+        points = (
+            x + eps * (1 - 1e-9) * torch.cat([torch.zeros(1, 4, 2), 2 * torch.rand(24, 4, 2) - 1]).double()
+        )
+        jacobians = torch.func.vmap(torch.func.vmap(torch.func.jacrev(lambda z: net(z[None])[0])))(points)
+        assert (found.lower <= jacobians).all() and (jacobians <= found.upper).all()
+        exact = (
+            torch.stack([operator_norm(jacobian, p) for jacobian in jacobians.flatten(0, 1)])
+            .view(25, 4)
+            .amax(0)
+        )
+        for bound in (local, found.constant(p)):
+            assert (exact <= bound).all()
+            assert (bound <= exact * {1e-6: 1.003, 0.05: 3.0, 1.0: 30.0}[eps]).all(), (eps, bound / exact)
+
+
+@pytest.mark.parametrize("after", [lambda x: x, torch.tanh], ids=["alone", "chained"])
+def test_the_hypotenuse_of_one_number(after):
+    """Near 0 the walk's slopes of square and root have a product below the slope of 1 that the split counts with."""
+
+    class One(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return after(torch.sqrt(x.square() + 0.04))
+
+    net = One()
+    region = pycert.Box(torch.full((1, 1), -0.05).double(), torch.full((1, 1), 0.05).double())
+    bm = pycert.BoundedModule(net, torch.empty(1, 1).double())
+    exact = torch.func.jacrev(lambda z: net(z))(torch.tensor(0.05).double())
+    assert exact * (1 - 1e-12) <= lipschitz.local_bound(bm, region).item() <= exact * 1.1
+    assert exact * (1 - 1e-12) <= lipschitz.jacobian_bound(bm, region).constant().item() <= exact * 1.1
 
 
 def test_certificates_use_the_three_states(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import math
@@ -367,19 +368,127 @@ def test_the_recipe_writes_as_it_goes_and_resumes(bound, tmp_path, monkeypatch):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize(
-    "name,activation,shape",
-    [("mnist", "theta", (1, 28, 28)), ("cifar", "theta", (3, 32, 32)), ("cifar", "maxmin", (3, 32, 32)),
-     ("tiny", "relu", (3, 64, 64)), ("tiny", "maxmin", (3, 64, 64))],
-)  # fmt: skip
-def test_recipes_build_the_published_networks(name, activation, shape):
+PUBLISHED = [
+    ("mnist", "theta", (1, 28, 28)), ("cifar", "theta", (3, 32, 32)), ("cifar", "maxmin", (3, 32, 32)),
+    ("tiny", "theta", (3, 64, 64)), ("tiny", "maxmin", (3, 64, 64)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,activation,shape", PUBLISHED)
+def test_recipes_train_the_published_networks(name, activation, shape, tmp_path, capsys):
+    """Four steps of every recipe, in place of its epochs, from the store in files."""
     made = recipe()
-    plan = made.SCHEDULES[name]
+    torch.manual_seed(0)
+    plan = made.schedule(name, activation)
     net = made.build(name, activation, plan.theta, shape)
     affine = [type(m).__name__ for m in net if isinstance(m, (nn.Conv2d, nn.Linear))]
     convolutions, dense = {"mnist": (4, 3), "cifar": (6, 2), "tiny": (8, 2)}[name]
     assert affine == ["Conv2d"] * convolutions + ["Linear"] * dense
-    x, y = torch.rand(2, *shape), torch.tensor([0, 1])
-    found = losses.worst_logits(net, x, y, plan.test_eps, steps=1, sparsity=plan.sparsity)
-    assert found.clean.shape == (2, 200 if name == "tiny" else 10) and torch.isfinite(found.worst).all()
-    assert (found.sparsity is None) == (plan.sparsity is None)
+    classes = 200 if name == "tiny" else 10
+    x, y = torch.rand(3, *shape), torch.tensor([0, 1, classes - 1])
+    arguments = argparse.Namespace(
+        out=tmp_path / "out.json", bound="local", store=True, store_folder=tmp_path / "starts", steps=4, batch=2,
+        seed=0, clip=None, decay=1.0, evaluate=False)  # fmt: skip
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    progress = made.train(net, x, y, plan, arguments, {})
+    printed = capsys.readouterr().out
+    layers = convolutions + dense - 1
+    assert f"WarmStarts(3 samples, {layers} layers, float16, " in printed
+    history = progress.history
+    assert [one["eps"] for one in history] == [
+        plan.train_eps * made.share_of_ramp(k / 4, plan) for k in range(4)
+    ]
+    assert all(math.isfinite(one["loss"]) and len(one["live"]) in (layers, layers - 1) for one in history)
+    moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters())]
+    assert sum(moved) >= 2 * len(affine)  # weights and biases; thresholds that nothing reaches stay
+    kept = [path.stat().st_size for path in sorted((tmp_path / "starts").iterdir())]
+    shapes = losses.warm_start_shapes(net, x[:1])
+    own = range(layers) if plan.local_layers is None else plan.local_layers
+    assert kept == [2 * math.prod(one) * (3 if k in own else 1) for k, one in enumerate(shapes)]
+
+
+def test_schedules_are_the_published_ones():
+    """From the scripts of Huang et al.: epochs, radii, iterations, learning rates, thresholds."""
+    made = recipe()
+    plans = {(name, kind): made.schedule(name, kind) for name, kind, _ in PUBLISHED}
+    assert [(p.epochs, p.warm_up, p.ramp, p.power_steps, p.learning_rate, p.end_rate) for p in plans.values()] == [
+        (300, 0, 150, 5, 1e-3, 5e-6), (800, 20, 400, 2, 1e-3, 1e-6), (800, 20, 400, 2, 1e-3, 1e-6),
+        (250, 0, 125, 1, 2.5e-4, 5e-7), (250, 0, 125, 3, 1e-4, 5e-7)]  # fmt: skip
+    cifar = plans["cifar", "theta"]
+    assert made.learning_rate(424.9 / 800, cifar, 1.0) == 1e-3 > made.learning_rate(425 / 800, cifar, 1.0)
+    assert made.learning_rate(799 / 800, cifar, 1.0) == pytest.approx(1e-6, rel=1e-6)
+    assert [made.share_of_ramp(epoch / 800, cifar) for epoch in (0, 20, 220, 420, 800)] == [0, 0, 0.5, 1, 1]
+    net = made.build("cifar", "maxmin", 2.0, (3, 32, 32))
+    clipped = [layer for layer in net if isinstance(layer, ClippedMaxMin)]
+    assert [round(layer.high.mean().item(), 4) for layer in clipped] == [0.1, 0.1, 0.15, 0.15, 0.2, 0.3, 1.2]
+    assert [round(layer.low.mean().item(), 4) for layer in clipped] == [
+        -0.1,
+        -0.15,
+        -0.15,
+        -0.15,
+        -0.2,
+        -0.3,
+        -1.2,
+    ]
+    thetas = [
+        m.theta.unique().item() for m in made.build("tiny", "theta", 1.0, (3, 64, 64)) if hasattr(m, "theta")
+    ]
+    assert thetas == [1.0] * 9
+
+
+def test_epochs_go_through_all_samples():
+    made = recipe()
+    epochs = [torch.cat([made.batch_of(3 * epoch + k, 11, 4, 0) for k in range(3)]) for epoch in range(2)]
+    assert all(torch.equal(epoch.sort().values, torch.arange(11)) for epoch in epochs)
+    assert not torch.equal(*epochs)
+    x = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).view(2, 3, 6, 6) + 1
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(200):
+        for source, image in zip(x, made.augmented(x)):
+            padded = F.pad(source, (4, 4, 4, 4))
+            crops = [
+                (dy, dx, flip)
+                for dy in range(9) for dx in range(9) for flip in (0, 1)
+                if torch.equal((padded.flip(2) if flip else padded)[:, dy : dy + 6, dx : dx + 6], image)
+            ]  # fmt: skip
+            assert crops
+            seen.add(crops[0])
+    assert len(seen) > 100  # of 162; images that are cut off entirely do not occur
+
+
+def test_local_norms_of_some_layers(tmp_path):
+    """The other layers' norms and vectors are those of the global bound; the store keeps one for all samples."""
+    net, x, y = net_of("relu", torch.float32), torch.rand(5, 1, 6, 6), torch.randint(0, 3, (5,))
+    norms = {}
+    for local in (None, (0, 2), ()):
+        found = worst_logits(net, x, y, 0.05, steps=2000, local_layers=local)
+        norms[local] = found.radius
+        assert [len(start) for start in found.starts] == [
+            5 if local is None or k in local else 1 for k in range(3)
+        ]
+    everywhere = worst_logits(net, x, y, 0.05, bound="global", steps=2000)
+    assert torch.allclose(norms[()], everywhere.radius, rtol=1e-4)
+    assert (norms[None] <= norms[0, 2] * (1 + 1e-4)).all() and (norms[0, 2] < norms[()] * 0.999).any()
+    store = losses.WarmStarts(net, x[:1], 5, torch.float32, tmp_path, (0, 2))
+    assert store.nbytes == 4 * (5 * 36 + 144 + 5 * 18)
+    found = worst_logits(net, x, y, 0.05, steps=2000, starts=store.take(torch.arange(5)), local_layers=(0, 2))
+    store.put(torch.arange(5), found.starts)
+    again = losses.WarmStarts(net, x[:1], 5, torch.float32, tmp_path, (0, 2))  # the files are taken over
+    for kept, opened in zip(store.tensors, again.tensors):
+        assert torch.equal(kept, opened) and kept.abs().amax() > 0
+    other = losses.WarmStarts(net, x[:1], 4, torch.float32, tmp_path, (0, 2))  # another size: begun anew
+    assert other.tensors[0].shape == (4, 1, 6, 6) and not other.tensors[0].any()
+
+
+def test_thresholds_are_projected():
+    net = nn.Sequential(ReLUTheta((2,), 1.0), ClippedMaxMin((4,), -1.0, 1.0))
+    with torch.no_grad():
+        net[0].theta.copy_(torch.tensor([-0.5, 2.0]))
+        net[1].low.copy_(torch.tensor([0.5, -1.0]))
+        net[1].high.copy_(torch.tensor([-0.1, 1.0]))
+    project_thresholds(net)
+    assert net[0].theta.tolist() == [0.0, 2.0]
+    assert torch.allclose(net[1].low, torch.tensor([0.2, -1.0])) and torch.allclose(
+        net[1].high, torch.tensor([0.2, 1.0])
+    )

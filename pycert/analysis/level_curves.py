@@ -3,10 +3,10 @@
     python -m pycert.analysis.level_curves --out level_curves
 
 Classes are a known distance apart. Networks of growing width and several 1-Lipschitz activations are trained with the
-GloRo loss; what Lipschitz constants certify is compared with the true distance to the network's decision
-boundary, with interval, CROWN and alpha-CROWN bounds of the same networks, and between training and test points.
-Writes ``level_curves.json``, a table, and a picture of margin level curves, the boundary moved by eps, and
-the certified set.
+GloRo loss; what the global constants certify is compared with the true distance to the network's decision
+boundary, with local constants and with interval, CROWN and alpha-CROWN bounds of the same networks, and
+between training and test points. Writes ``level_curves.json``, tables (``.md``), and a picture of
+margin level curves, the boundary moved by eps, and the certified set.
 
 Source: Leino, "Limitations of Piecewise Linearity for Efficient Robustness Certification", 2023 (arXiv 2301.08842);
 the data sets, the choice of smooth activations and the numbers are ours.
@@ -15,6 +15,7 @@ the data sets, the choice of smooth activations and the numbers are ours.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -35,7 +36,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "softplus ramp": SmoothRamp,
     "gelu ramp": lambda: SmoothRamp("gelu"),
 }
-SMOOTH = ("smooth maxmin", "softplus ramp", "gelu ramp")
+SETS = ("circle", "square", "ring")
+#: Certificates beside those by the global constant, which training uses.
 METHODS = ("lipschitz", "ibp", "crown", "alpha-crown")
 #: Half the distance between the classes.
 SEPARATION = 0.2
@@ -44,9 +46,11 @@ EXTENT = 2.0
 
 
 def signed_distance(name: str, x: Tensor) -> Tensor:
-    """Of points ``[N, 2]`` to the ideal boundary, negative inside: a circle, or a square with its corners."""
+    """Of points ``[N, 2]`` to the ideal boundary, negative inside: a circle, a ring, or a square with its corners."""
     if name == "circle":
         return x.norm(dim=1) - 1
+    if name == "ring":
+        return (x.norm(dim=1) - 1).abs() - 0.45
     beyond = x.abs() - 1
     return beyond.clamp(min=0).norm(dim=1) + beyond.amax(1).clamp(max=0)
 
@@ -113,28 +117,36 @@ def boundary(net: nn.Module, cells: int = 500) -> Tensor:
     return torch.cat(found)
 
 
+def global_radii(bm: pycert.BoundedModule, x: Tensor) -> Tensor:
+    """``[N]``: what the constant of the margin certifies, for the network in real arithmetic; either class."""
+    constant = pycert.lipschitz.global_bound(bm).margins[0, 1]
+    with torch.no_grad():
+        scores = bm.net(x).double()
+    return (scores[:, 0] - scores[:, 1]).abs() / constant
+
+
 def measure(
     net: nn.Sequential, data: dict[str, tuple[Tensor, Tensor]], eps: float, methods: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Accuracies, certified ones by every method, and how much of the true distance is certified."""
+    """Accuracies, certified ones by every method, and how much of the true distance is certified (medians)."""
     bm = pycert.BoundedModule(net, torch.empty(1, 2))
     row: dict[str, Any] = {}
     for part, (x, y) in data.items():
         with torch.no_grad():
-            row[f"accuracy {part}"] = (net(x).argmax(1) == y).float().mean().item()
-        for method in methods if part == "test" else ("lipschitz",):
+            right = net(x).argmax(1) == y
+        row[f"accuracy {part}"] = right.float().mean().item()
+        row[f"global {part}"] = (right & (global_radii(bm, x) > eps)).float().mean().item()
+        for method in methods if part == "test" else ():
             row[f"{method} {part}"] = pycert.certify(bm, x, y, eps, 2, method, cascade=False).accuracy
-    row["gap"] = row["lipschitz train"] - row["lipschitz test"]
+    row["gap"] = row["global train"] - row["global test"]
     x, y = data["test"]
-    with torch.no_grad():
-        scores = net(x)
-    right = scores.argmax(1) == y
-    constant = pycert.lipschitz.global_bound(bm).margins[0, 1].float()
-    radius = (scores[:, 0] - scores[:, 1]).abs() / constant
     border = boundary(net)
     if len(border) and bool(right.any()):
-        true = torch.cdist(x[right], border).amin(1)
-        row["certified / true radius"] = (radius[right] / true.clamp(min=1e-6)).median().item()
+        true = torch.cdist(x[right], border).amin(1).clamp(min=1e-6)
+        row["truly robust test"] = (true > eps).sum().item() / len(x)
+        row["global / true radius"] = (global_radii(bm, x[right]) / true).median().item()
+        local = pycert.lipschitz.certified_radius(bm, x[right], y[right], steps=8)
+        row["local / true radius"] = (local / true).median().item()
     return row
 
 
@@ -152,10 +164,10 @@ def draw(nets: dict[tuple[str, str], nn.Sequential], eps: float, path: Path) -> 
         for j, activation in enumerate(activations):
             net = nets[name, activation]
             bm = pycert.BoundedModule(net, torch.empty(1, 2))
-            constant = pycert.lipschitz.global_bound(bm).margins[0, 1].float()
             with torch.no_grad():
                 scores = net(grid)
-            radius = ((scores[:, 0] - scores[:, 1]) / constant).view(300, 300)
+            radius = global_radii(bm, grid) * (scores[:, 0] - scores[:, 1]).sign()
+            radius = radius.float().view(300, 300)
             border = boundary(net)
             distance = torch.cdist(grid, border).amin(1).view(300, 300) if len(border) else radius.abs()
             ax = axes[i][j]
@@ -175,28 +187,64 @@ def draw(nets: dict[tuple[str, str], nn.Sequential], eps: float, path: Path) -> 
     figure.savefig(path)
 
 
-def table(rows: list[dict[str, Any]], widths: list[int]) -> str:
-    """Certified test accuracy by Lipschitz constants against width; the ratio and the gap at the largest."""
-    head = ["set", "activation", *(f"width {w}" for w in widths), "of the true radius", "train - test gap"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    keys = list(dict.fromkeys((row["set"], row["activation"]) for row in rows))
-    for name, activation in keys:
-        own = {row["width"]: row for row in rows if (row["set"], row["activation"]) == (name, activation)}
-        last = own[widths[-1]]
-        cells = [name, activation, *(f"{100 * own[w]['lipschitz test']:.1f}" for w in widths)]
-        cells += [f"{last.get('certified / true radius', float('nan')):.2f}", f"{100 * last['gap']:.1f}"]
+Rows = list[dict[str, Any]]
+
+
+def mean_of(rows: Rows, name: str, activation: str, width: int, key: str) -> float:
+    """Over seeds; NaN where none has the value."""
+    found = [
+        row[key] for row in rows
+        if (row["set"], row["activation"], row["width"]) == (name, activation, width) and key in row
+    ]  # fmt: skip
+    return sum(found) / len(found) if found else float("nan")
+
+
+def table(rows: Rows, columns: dict[str, tuple[int, str, float]]) -> str:
+    """A line per set and activation; columns are (width, key, factor), means over seeds."""
+    lines = ["| " + " | ".join(["set", "activation", *columns]) + " |", "|" + "---|" * (len(columns) + 2)]
+    for name, activation in dict.fromkeys((row["set"], row["activation"]) for row in rows):
+        cells = [name, activation]
+        for width, key, factor in columns.values():
+            value = factor * mean_of(rows, name, activation, width, key)
+            cells.append(f"{value:.1f}" if factor == 100 else f"{value:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def width_needed(rows: list[dict[str, Any]], share: float) -> dict[str, Any]:
-    """Per set and activation the least width that certifies ``share`` of the test points; None where none does."""
+def report(rows: Rows, widths: list[int], methods: list[str], needed: dict[str, Any], share: float) -> str:
+    """All tables, in Markdown."""
+
+    def against_width(key: str, factor: float) -> str:
+        return table(rows, {f"width {width}": (width, key, factor) for width in widths})
+
+    last = widths[-1]
+    same = {name: (last, f"{name} test", 100.0) for name in ("accuracy", "truly robust", "global", *methods)}
+    widths_needed = "\n".join(f"* {key}: {value or 'none of these'}" for key, value in needed.items())
+    parts = {
+        "Certified test accuracy by global constants, percent": against_width("global test", 100),
+        f"Least width with {share:.0%}": widths_needed,
+        f"The same networks by every method, width {last}, percent": table(rows, same),
+        "Radius certified by global constants over the true one, medians": against_width(
+            "global / true radius", 1
+        ),
+        "Radius certified by local constants over the true one, medians": against_width(
+            "local / true radius", 1
+        ),
+        "Certified accuracy on training less on test points": against_width("gap", 100),
+    }
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in parts.items()) + "\n"
+
+
+def width_needed(rows: Rows, share: float) -> dict[str, Any]:
+    """Per set and activation the least width that certifies ``share`` of the test points (mean over seeds), or None."""
     found: dict[str, Any] = {}
-    for row in sorted(rows, key=lambda row: row["width"]):
-        key = f"{row['set']}, {row['activation']}"
+    for name, activation, width in dict.fromkeys(
+        (row["set"], row["activation"], row["width"]) for row in sorted(rows, key=lambda row: row["width"])
+    ):
+        key = f"{name}, {activation}"
         found.setdefault(key, None)
-        if found[key] is None and row["lipschitz test"] >= share:
-            found[key] = row["width"]
+        if found[key] is None and mean_of(rows, name, activation, width, "global test") >= share:
+            found[key] = width
     return found
 
 
@@ -206,11 +254,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("level_curves"), help="folder (default %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="even numbers")
-    parser.add_argument("--eps", type=float, default=0.15, help=f"below {SEPARATION}, half the separation")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--eps", type=float, default=0.18, help=f"below {SEPARATION}, half the separation")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of initialisation")
     parser.add_argument("--samples", type=int, default=400, help="training points; half as many test points")
     parser.add_argument("--activations", nargs="+", choices=tuple(ACTIVATIONS), default=list(ACTIVATIONS))
-    parser.add_argument("--sets", nargs="+", choices=("circle", "square"), default=["circle", "square"])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument(
         "--share", type=float, default=0.9, help="certified accuracy that widths are compared at"
     )
@@ -222,31 +271,25 @@ def main(arguments: list[str] | None = None) -> int:
     rows, nets = [], {}
     for name in args.sets:
         data = {"train": points(name, args.samples, 0), "test": points(name, args.samples // 2, 1)}
-        for activation in args.activations:
-            for width in args.widths:
-                net = network(activation, width, 0)
-                train(net, *data["train"], args.eps, args.steps)
-                row = {"set": name, "activation": activation, "width": width}
-                rows.append(
-                    row | measure(net, data, args.eps, tuple(dict.fromkeys(["lipschitz", *args.methods])))
-                )
+        for activation, width, seed in itertools.product(args.activations, args.widths, args.seeds):
+            net = network(activation, width, seed)
+            train(net, *data["train"], args.eps, args.steps)
+            row = {"set": name, "activation": activation, "width": width, "seed": seed}
+            rows.append(row | measure(net, data, args.eps, tuple(args.methods)))
+            if seed == args.seeds[0]:
                 nets[name, activation] = net
-                print(
-                    {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True
-                )
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     needed = width_needed(rows, args.share)
-    result = {
-        "eps": args.eps,
+    settings = {key: getattr(args, key) for key in ("widths", "eps", "steps", "seeds", "samples", "share")}
+    result = settings | {
         "separation": SEPARATION,
-        "share": args.share,
         "seconds": time.perf_counter() - started,
         "width_needed": needed,
         "rows": rows,
     }
     (args.out / "level_curves.json").write_text(json.dumps(result, indent=1) + "\n")
-    widths = "; ".join(f"{key}: {value or 'none of these'}" for key, value in needed.items())
-    text = f"{table(rows, args.widths)}\n\nWidth needed for {args.share:.0%}: {widths}\n"
-    (args.out / "level_curves.md").write_text(text)
+    text = report(rows, args.widths, args.methods, needed, args.share)
+    (args.out / "level_curves.md").write_text(f"# Level curves\n\n{settings}\n\n{text}")
     print(text)
     if not args.no_plot:
         draw(nets, args.eps, args.out / "level_curves.png")

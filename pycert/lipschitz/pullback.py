@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pycert.graph.ir import ACTIVATIONS, Node
-from pycert.lipschitz.slopes import slope_range
+from pycert.lipschitz.slopes import hypotenuse_range, slope_range
 from pycert.lipschitz.walk import UnsupportedBound, Walk
 from pycert.norms.arithmetic import UP, exact_double, gamma
 from pycert.norms.bounds import cached, largest_sum
@@ -179,6 +179,11 @@ def composite(walk: Walk, i: int) -> tuple[int, Tensor, Tensor]:
     if node.op in ("max2", "min2"):
         source = source if walk.varies(source) else node.inputs[1]
         least, most = selection_range(walk, i, source)
+    elif (leg := hypotenuse(walk, i)) is not None:
+        box = walk.boxes[leg[0]]
+        assert box is not None
+        ends = hypotenuse_range(*box, leg[1])
+        return leg[0], *(part.expand(walk.batch, *node.shape).flatten(1) for part in ends)
     else:
         attrs = dict(node.attrs)
         if node.op == "prelu":
@@ -194,6 +199,22 @@ def composite(walk: Walk, i: int) -> tuple[int, Tensor, Tensor]:
         return source, least, most
     root, before_least, before_most = composite(walk, source)
     return root, *interval_product(least, most, before_least, before_most)
+
+
+def hypotenuse(walk: Walk, i: int) -> tuple[int, Tensor] | None:
+    """``x`` and the square where node ``i`` is ``sqrt(x^2 + square)``, as in SmoothMaxMin, else None."""
+    nodes = walk.graph.nodes
+    if nodes[i].op != "sqrt" or nodes[nodes[i].inputs[0]].op != "add_const":
+        return None
+    total = nodes[i].inputs[0]
+    squared = nodes[total].inputs[0]
+    if nodes[squared].op != "square":
+        return None
+    given = walk._optional_param(total, 0)
+    if given is None:
+        given = torch.tensor(float(nodes[total].attrs["value"]), dtype=torch.float64)
+    square = given * float(nodes[total].attrs.get("sign", 1))
+    return (nodes[squared].inputs[0], square) if bool((square > 0).all()) else None
 
 
 def selection_range(walk: Walk, i: int, source: int) -> tuple[Tensor, Tensor]:

@@ -60,15 +60,33 @@ def _softplus(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor:
     return torch.where(jumps & torch.isfinite(lower), torch.full_like(slope, math.inf), slope)
 
 
-def _curved(highest: float, second: float, derivative: Callable[[Tensor], Tensor]) -> Any:
-    """From the slope at the middle and a bound of ``|f''|``; never above the largest slope anywhere."""
+def _between_turns(name: str) -> Any:
+    """The range of a slope that is monotone between its turning points: over the ends and those in the interval."""
+    derivative, turns, highest = _TURNING[name]
 
-    def slope(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor:
-        half = (upper - lower) / 2
-        near = derivative(lower / 2 + upper / 2).abs() * _SLACK + second * half * _SLACK + 1e-12
-        return torch.where(torch.isfinite(near), near.clamp(max=highest), torch.full_like(near, highest))
+    def found(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        # Beyond 40 the slopes differ from their limits by less than the slack.
+        values = [derivative(end.clamp(-40, 40)) for end in (lower, upper)]
+        least, most = torch.minimum(*values), torch.maximum(*values)
+        for turn in turns:
+            inside = (lower <= turn) & (upper >= turn)
+            value = derivative(torch.tensor(turn, dtype=torch.float64, device=lower.device))
+            least = torch.where(inside, torch.minimum(least, value), least)
+            most = torch.where(inside, torch.maximum(most, value), most)
+        least, most = (
+            torch.nan_to_num(end + sign * (end.abs() * 1e-9 + 1e-12), nan=sign * highest)
+            for sign, end in ((-1, least), (1, most))
+        )
+        return least.clamp(min=-highest), most.clamp(max=highest)
 
-    return slope
+    return found
+
+
+def _magnitude(name: str) -> Any:
+    def found(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor:
+        return _largest(*_between_turns(name)(lower, upper, attrs))
+
+    return found
 
 
 def _silu_slope(x: Tensor) -> Tensor:
@@ -80,11 +98,35 @@ def _gelu_slope(x: Tensor) -> Tensor:
     return 0.5 * torch.erfc(-x / math.sqrt(2)) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
+def _gelu_tanh_slope(x: Tensor) -> Tensor:
+    factor = math.sqrt(2 / math.pi)
+    t = torch.tanh(factor * (x + 0.044715 * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t) * (1 + t) * factor * (1 + 3 * 0.044715 * x * x)
+
+
+def _mish_slope(x: Tensor) -> Tensor:
+    t = torch.tanh(torch.nn.functional.softplus(x, threshold=50.0))
+    return t + x * (1 - t) * (1 + t) * torch.sigmoid(x)
+
+
+#: Slopes, the zeros of the second derivative, and a bound of the slope's magnitude.
+_TURNING: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, ...], float]] = {
+    "silu": (_silu_slope, (-2.3993572805154677, 2.3993572805154677), 1.0999),
+    "gelu": (_gelu_slope, (-math.sqrt(2), math.sqrt(2)), 1.1290),
+    "gelu_tanh": (_gelu_tanh_slope, (-1.4185040087908284, 1.4185040087908284), 1.1290),
+    "mish": (_mish_slope, (-2.2563763963607931, 1.4905711794854285), 1.0890),
+}
+
+
 def _hardswish(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor:
     ends = torch.maximum((2 * lower.clamp(-3, 3) + 3).abs(), (2 * upper.clamp(-3, 3) + 3).abs()) / 6 * _SLACK
     return torch.where(
         upper <= -3, torch.zeros_like(ends), torch.where(lower >= 3, torch.ones_like(ends), ends)
     )
+
+
+def _softsign(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor:
+    return (1 + _nearest_to_zero(lower, upper)) ** -2 * _SLACK
 
 
 def _one(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor:
@@ -103,13 +145,12 @@ _SLOPES: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], Tensor]] = {
     "prelu": _leaky,
     "elu": _elu,
     "softplus": _softplus,
-    # The largest slopes, and bounds of |f''|: silu'' is at most 1/2, at 0; gelu'' 2 phi(0) = 0.798, at 0.
-    "silu": _curved(1.0999, 0.5001, _silu_slope),
-    "gelu": _curved(1.1290, 0.7980, _gelu_slope),
-    "gelu_tanh": _curved(1.1296, math.inf, _gelu_slope),
-    "mish": _curved(1.0890, math.inf, _silu_slope),
+    "silu": _magnitude("silu"),
+    "gelu": _magnitude("gelu"),
+    "gelu_tanh": _magnitude("gelu_tanh"),
+    "mish": _magnitude("mish"),
     "hardswish": _hardswish,
-    "softsign": lambda lower, upper, attrs: (1 + _nearest_to_zero(lower, upper)) ** -2 * _SLACK,
+    "softsign": _softsign,
     "exp": lambda lower, upper, attrs: torch.exp(upper) * _SLACK,
     "log": lambda lower, upper, attrs: torch.where(lower > 0, _SLACK / lower, math.inf),
     "sqrt": lambda lower, upper, attrs: torch.where(lower > 0, _SLACK / (2 * lower.sqrt()), math.inf),
@@ -128,7 +169,14 @@ ELEMENTARY = frozenset(
 def largest_slope(op: str, lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor | None:
     """Of one activation over ``[lower, upper]`` (infinite ends are taken), elementwise; None where it is not known."""
     rule = _SLOPES.get(op)
-    return None if rule is None else rule(lower.double(), upper.double(), attrs)
+    return None if rule is None else rule(*_ends(lower, upper), attrs)
+
+
+def _ends(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """In float64; NaN, which compares as nothing would, as infinite."""
+    lower, upper = lower.double(), upper.double()
+    infinite = torch.full((), math.inf, dtype=torch.float64, device=lower.device)
+    return torch.where(torch.isnan(lower), -infinite, lower), torch.where(torch.isnan(upper), infinite, upper)
 
 
 def slope_range(op: str, lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -137,7 +185,7 @@ def slope_range(op: str, lower: Tensor, upper: Tensor, attrs: dict[str, Any]) ->
     Points at an end of the interval count with all their Clarke slopes, those from outside as well: a ReLU at 0 has
     ``[0, 1]``. Where nothing better is known the range is ``[-s, s]`` with the largest magnitude ``s``.
     """
-    lower, upper = lower.double(), upper.double()
+    lower, upper = _ends(lower, upper)
     rule = _RANGES.get(op)
     if rule is not None:
         return rule(lower, upper, attrs)
@@ -192,16 +240,46 @@ def _elu_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Ten
     return torch.where(lower > 0, one, torch.where(upper < 0, left, torch.minimum(left, one))), largest
 
 
-def _curved_range(highest: float, second: float, derivative: Callable[[Tensor], Tensor]) -> Any:
-    """As :func:`_curved`, on both sides of the slope at the middle."""
+def _hardswish_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    ends = [(2 * end.clamp(-3, 3) + 3) / 6 for end in (lower, upper)]
+    curved = (upper >= -3) & (lower <= 3)
+    least = torch.where(curved, ends[0] - 1e-9, torch.where(upper < -3, 0.0, 1.0))
+    most = torch.where(curved, ends[1] + 1e-9, torch.where(upper < -3, 0.0, 1.0))
+    flat, straight = lower <= -3, upper >= 3
+    least = torch.where(flat, least.clamp(max=0), torch.where(straight, least.clamp(max=1), least))
+    most = torch.where(straight, most.clamp(min=1), torch.where(flat, most.clamp(min=0), most))
+    return least, most
+
+
+def _falling(slope: Callable[[Tensor], Tensor], sign: float) -> Any:
+    """Of functions on the positive numbers whose slope has this sign and a magnitude that falls."""
 
     def found(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        middle = derivative(lower / 2 + upper / 2)
-        reach = second * (upper - lower) / 2 * _SLACK + middle.abs() * 1e-9 + 1e-12
-        least, most = (torch.nan_to_num(middle + sign * reach, nan=sign * highest) for sign in (-1, 1))
-        return least.clamp(-highest, highest), most.clamp(-highest, highest)
+        far = torch.where(upper > 0, slope(upper.clamp(min=1e-300)) * (1 - 1e-9), 0.0)
+        near = torch.where(lower > 0, slope(lower.clamp(min=1e-300)) * _SLACK, math.inf)
+        return (far, near) if sign > 0 else (-near, -far)
 
     return found
+
+
+def _reciprocal_range(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    near, far = _nearest_to_zero(lower, upper), _largest(lower, upper)
+    least = torch.where(near > 0, -_SLACK / near.square(), -math.inf)
+    most = torch.where(near > 0, -(1 - 1e-9) / far.square(), 0.0)
+    return least, torch.where(torch.isfinite(most), most, 0.0)
+
+
+def hypotenuse_range(lower: Tensor, upper: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``sqrt(x^2 + square)``: ``x / sqrt(x^2 + square)``, which rises; ``square`` is known to a few roundings."""
+
+    def slope(x: Tensor, sign: float) -> Tensor:
+        # A larger square brings the slope nearer to 0.
+        width = (square * torch.where((x > 0) == (sign < 0), 1 + 1e-6, 1 - 1e-6)).sqrt()
+        value = x / torch.hypot(x, width)
+        value = torch.where(torch.isinf(x), torch.sign(x), value)
+        return torch.nan_to_num(value + sign * (value.abs() * 1e-9 + 1e-300), nan=sign).clamp(-1, 1)
+
+    return slope(lower.double(), -1.0), slope(upper.double(), 1.0)
 
 
 _RANGES: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor]]] = {
@@ -214,6 +292,12 @@ _RANGES: dict[str, Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tens
     "tanh": _bell_range(_tanh),
     "softplus": _softplus_range,
     "elu": _elu_range,
-    "silu": _curved_range(1.0999, 0.5001, _silu_slope),
-    "gelu": _curved_range(1.1290, 0.7980, _gelu_slope),
+    **{name: _between_turns(name) for name in _TURNING},
+    "hardswish": _hardswish_range,
+    "softsign": _bell_range(_softsign),
+    "exp": lambda lower, upper, attrs: (torch.exp(lower) * (1 - 1e-9), torch.exp(upper) * _SLACK),
+    "square": lambda lower, upper, attrs: (2 * lower, 2 * upper),
+    "log": _falling(torch.reciprocal, 1.0),
+    "sqrt": _falling(lambda x: 0.5 / x.sqrt(), 1.0),
+    "reciprocal": _reciprocal_range,
 }

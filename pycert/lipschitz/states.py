@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pycert.lipschitz.pullback import LINEAR, Rows, composite, is_activation, pull
+from pycert.lipschitz.pullback import LINEAR, Rows, composite, hypotenuse, is_activation, pull
 from pycert.lipschitz.walk import Walk
 from pycert.norms.arithmetic import UP, dual_norm, gamma, with_gradient
 from pycert.norms.dense import norm_bound
@@ -145,20 +145,37 @@ class ThreeState:
         return self._split[i]
 
     def _largest(self, i: int) -> Tensor:
-        """The slopes ``[B, numel]`` that the walk's constant of activation ``i`` counts with."""
+        """The slopes ``[B, numel]`` that the walk's constant of activation ``i`` counts with (1 for a hypotenuse)."""
         walk = self.walk
-        source = walk.graph.nodes[i].inputs[0]
-        source = source if walk.varies(source) else walk.graph.nodes[i].inputs[1]
+        if hypotenuse(walk, i) is not None:
+            return torch.ones(walk.batch, walk.graph.numel(i), dtype=torch.float64)
+        source = self._source(i)
         slope = walk._slope(i, source)[0].flatten(1).expand(walk.batch, -1)
         return slope * self._largest(source) if is_activation(walk, source) else slope
+
+    def _source(self, i: int) -> int:
+        """What activation ``i`` reads that varies."""
+        first, *others = self.walk.graph.nodes[i].inputs
+        return first if self.walk.varies(first) else others[0]
+
+    def _has_hypotenuse(self, i: int) -> bool:
+        """Whether the chain of activations that ends in ``i`` has one: the walk counts with other slopes then."""
+        while is_activation(self.walk, i):
+            if hypotenuse(self.walk, i) is not None:
+                return True
+            i = self._source(i)
+        return False
 
     def _reach(self, i: int) -> Tensor:
         """``[B]``: a constant of ``r z``, by the walk's own of the activation, or by this bound where affordable."""
         if i not in self._reaches:
             root, _, spread = self._parts(i)
-            # ||r z|| <= max(r / D) ||D z|| with D the slopes of the walk.
-            share = torch.where(spread > 0, spread / self._largest(i), torch.zeros_like(spread)).amax(1)
-            best = self.walk.lengths(i).lengths[:, 0] * share * UP
+            if self._has_hypotenuse(i):
+                best = self.walk.lengths(root).lengths[:, 0] * spread.amax(1) * UP
+            else:
+                # ||r z|| <= max(r / D) ||D z|| with D the slopes of the walk.
+                share = torch.where(spread > 0, spread / self._largest(i), torch.zeros_like(spread)).amax(1)
+                best = self.walk.lengths(i).lengths[:, 0] * share * UP
             if self._cost(root) <= BUDGETS[self.walk.settings.effort]:
                 best = torch.minimum(best, self._of_all_elements(root, spread))
             self._reaches[i] = best

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,7 @@ def propagate(
     steps: int,
     starts: list[Tensor] | None,
     sparsity: float | None = None,
+    local_layers: Sequence[int] | None = None,
 ) -> Reach:
     """Ball and box of the last hidden value, for l2 balls of radius ``eps`` ``[B]`` around ``x``."""
     layers = layers_of(net)
@@ -132,7 +133,7 @@ def propagate(
         state, pre = _layer(layer, activation, state, sparsity is not None)
         if penalty is not None and pre is not None and sparsity is not None:
             penalty = penalty + _penalty(activation, *pre, sparsity)
-        everywhere = bound == "global"
+        everywhere = bound == "global" or (local_layers is not None and len(kept) not in local_layers)
         rows = state.live if isinstance(activation, (nn.ReLU, ReLUTheta)) and not everywhere else None
         start = None if starts is None else starts[len(kept)]
         batch = 1 if everywhere else x.shape[0]

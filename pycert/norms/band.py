@@ -1,13 +1,16 @@
-"""Masked convolutions, tightly: the Gram matrix over live outputs is block tridiagonal in image rows.
+"""Masked convolutions, tightly: Gram matrices over live outputs, or inputs, are block tridiagonal in image rows.
 
 Outputs of image rows ``i`` and ``i'`` share inputs only where ``|i - i'| stride < reach``. Rows in groups of
 ``(reach - 1) / stride`` make ``A A^T`` block tridiagonal, and ``level I - A A^T`` is factored block by block; as in
-:mod:`pycert.norms.dense`, the residual of the factorisation is what counts, not how it was found.
+:mod:`pycert.norms.dense`, the residual of the factorisation is what counts, not how it was found. Inputs of image
+rows ``j`` and ``j'`` are read by one output only where ``|j - j'| < reach``: the same for ``A^T A`` with groups of
+``reach - 1``, which is smaller where there are fewer inputs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +27,14 @@ class _Blocks:
     diagonal: list[Tensor]
     below: list[Tensor]
 
-    def matvec(self, x: list[Tensor]) -> list[Tensor]:
+    def largest_eigenvalue(self) -> float:
+        """An estimate."""
+        sizes = [d.shape[0] for d in self.diagonal]
+        return largest_eigenvalue(
+            lambda flat: torch.cat(self._times(list(flat.split(sizes)))), sum(sizes), self.diagonal[0].device
+        )
+
+    def _times(self, x: list[Tensor]) -> list[Tensor]:
         out = [d @ v for d, v in zip(self.diagonal, x)]
         for i in range(1, len(out)):
             out[i] = out[i] + self.below[i] @ x[i - 1]
@@ -37,21 +47,22 @@ class _Blocks:
         return torch.stack(parts).sum() * (1 + gamma(len(parts) + 4))
 
 
-def _largest_eigenvalue(matrix: _Blocks, steps: int = 40) -> float:
-    """Lanczos estimate, from below."""
+def largest_eigenvalue(
+    times: Callable[[Tensor], Tensor], count: int, device: torch.device, steps: int = 40
+) -> float:
+    """Lanczos estimate, from below but for rounding, for a symmetric matrix given by its products with vectors."""
     generator = torch.Generator().manual_seed(20211103)
-    sizes = [d.shape[0] for d in matrix.diagonal]
-    flat = torch.randn(sum(sizes), dtype=torch.float64, generator=generator).to(matrix.diagonal[0].device)
+    flat = torch.randn(count, dtype=torch.float64, generator=generator).to(device)
     now, before, beta = flat / flat.norm(), torch.zeros_like(flat), 0.0
     alphas, betas = [], []
     for _ in range(min(steps, flat.numel())):
-        image = torch.cat(matrix.matvec(list(now.split(sizes)))) - beta * before
+        image = times(now) - beta * before
         alpha = float(image @ now)
         image = image - alpha * now
         beta = float(image.norm())
         alphas.append(alpha)
         betas.append(beta)
-        if beta < 1e-12 * abs(alpha):
+        if not beta > 1e-12 * abs(alpha):
             break
         before, now = now, image / beta
     side = torch.tensor(betas[:-1], dtype=torch.float64)
@@ -94,17 +105,19 @@ def _factorised(matrix: _Blocks, level: float) -> Tensor | None:
 
 
 class Band:
-    """One plain ungrouped convolution, prepared for :meth:`bound` under any masks."""
+    """One plain ungrouped convolution, prepared for :meth:`bound` under any masks.
 
-    def __init__(self, operator: Operator) -> None:
+    ``inputs``: the Gram matrix is that over inputs, else that over outputs. Below, *own* is that side's mask
+    ``[channels, height, width]``, *other* that of the side summed over.
+    """
+
+    def __init__(self, operator: Operator, inputs: bool = False) -> None:
         geometry = operator.geometry
         assert geometry is not None and not geometry.transposed and geometry.groups == 1
-        self.operator, self.geometry = operator, geometry
+        self.operator, self.geometry, self.inputs = operator, geometry, inputs
         self.reach = geometry.reach(operator.weight)[0]
-        self.group = max(1, (self.reach - 1) // geometry.stride[0])
+        self.group = max(1, (self.reach - 1) // (1 if inputs else geometry.stride[0]))
         channels, _, width = geometry.input_shape
-        outputs, height, out_width = geometry.output_shape(operator.weight)
-        self.shape = (outputs, height, out_width)
         strip = Geometry(
             (channels, self.reach, width),
             (1, geometry.stride[1]),
@@ -124,39 +137,52 @@ class Band:
 
     def cost(self, rows: Tensor, columns: Tensor) -> float:
         """Floating-point operations of :meth:`bound` for one sample, ``[O, H', W']`` and ``[C, H, W]``."""
-        live = (rows != 0).sum((0, 2)).double()
-        inputs = (columns != 0).sum((0, 2)).double()
+        own, other = (columns, rows) if self.inputs else (rows, columns)
+        live, others = ((mask != 0).sum((0, 2)).double() for mask in (own, other))
         sizes = [float(part.sum()) for part in live.split(self.group)]
-        span = min(len(inputs), (self.group - 1) * self.geometry.stride[0] + self.reach)
-        width = float(inputs.mean()) * span
+        stride = self.geometry.stride[0]
+        reached = (
+            (self.group + self.reach) // stride if self.inputs else (self.group - 1) * stride + self.reach
+        )
+        width = float(others.mean()) * min(len(others), reached)
         return sum(14 * n**3 + 4 * n * n * width for n in sizes)
 
-    def _rows(self, first: int, last: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, int]:
-        """Live outputs of image rows ``first..last - 1`` by the inputs that they read; and the first row of these."""
+    def _window(self, first: int, last: int, count: int) -> tuple[int, int]:
+        """From and before which of ``count`` image rows of the other side rows ``first..last - 1`` have weights."""
         stride, padding = self.geometry.stride[0], self.geometry.padding[0]
-        height = self.geometry.input_shape[1]
-        low = min(height, max(0, first * stride - padding))
-        high = max(low, min(height, (last - 1) * stride - padding + self.reach))
+        if self.inputs:
+            low, high = -(-(first + padding - self.reach + 1) // stride), (last - 1 + padding) // stride + 1
+        else:
+            low, high = first * stride - padding, (last - 1) * stride - padding + self.reach
+        low = min(count, max(0, low))
+        return low, max(low, min(count, high))
+
+    def _rows(self, first: int, last: int, own: Tensor, other: Tensor) -> tuple[Tensor, int]:
+        """Live elements of image rows ``first..last - 1`` by those of the other side that they have weights with, and
+        the first row of these."""
+        stride, padding = self.geometry.stride[0], self.geometry.padding[0]
+        low, high = self._window(first, last, other.shape[1])
         parts = []
         strip = self.strip()
         for i in range(first, last):
-            scale = rows[:, i, :].reshape(-1)
+            scale = own[:, i, :].reshape(-1)
             live = scale.nonzero().flatten()
-            block = scale.new_zeros(live.numel(), high - low, strip.shape[2])
-            start = i * stride - padding
-            a, b = max(start, low), min(start + self.reach, high)
-            if b > a and live.numel() > 0:
-                block[:, a - low : b - low] = strip[live, a - start : b - start] * scale[live, None, None]
+            block = scale.new_zeros(live.numel(), high - low, other.shape[0] * other.shape[2])
+            for j in range(low, high) if live.numel() > 0 else ():
+                tap = i - (j * stride - padding) if self.inputs else j - (i * stride - padding)
+                if 0 <= tap < self.reach:
+                    weights = strip[:, tap].t() if self.inputs else strip[:, tap]
+                    block[:, j - low] = weights[live] * scale[live, None]
             parts.append(block)
-        inputs = columns[:, low:high, :].transpose(0, 1).reshape(high - low, strip.shape[2])
-        return torch.cat(parts) * inputs, low
+        others = other[:, low:high, :].transpose(0, 1).reshape(high - low, other.shape[0] * other.shape[2])
+        return torch.cat(parts) * others, low
 
     def bound(self, rows: Tensor, columns: Tensor) -> Tensor:
         """An upper bound of ``||D_rows W D_columns||_2`` for one sample; a float64 number."""
-        blocks, squares, longest = self._gram(rows, columns)
+        blocks, squares, longest = self._gram(*((columns, rows) if self.inputs else (rows, columns)))
         largest = torch.stack([d.abs().amax() for d in blocks.diagonal]).amax() if blocks.diagonal else None
         if largest is None or float(largest) == 0:
-            # No live output, or squares too small for float64; the sum of the latter is at most their count.
+            # Nothing live, or squares too small for float64; the sum of the latter is at most their count.
             count = rows.numel() * float(columns.numel())
             zero = torch.zeros((), dtype=torch.float64, device=rows.device)
             return zero if float(squares) == 0 else zero + (count * 8 * SMALLEST) ** 0.5 + squares.sqrt() * UP
@@ -165,7 +191,7 @@ class Band:
             [times_power(d, -exponent) for d in blocks.diagonal],
             [times_power(b, -exponent) for b in blocks.below],
         )
-        estimate = _largest_eigenvalue(scaled)
+        estimate = scaled.largest_eigenvalue()
         best = scaled.squares().sqrt() * UP
         for excess in EXCESSES:
             found = _factorised(scaled, max(estimate, 1e-300) * (1 + excess))
@@ -179,13 +205,13 @@ class Band:
         # Elements of A are rounded twice.
         return (square.sqrt() + gamma(4) * squares.sqrt()) * UP * UP
 
-    def _gram(self, rows: Tensor, columns: Tensor) -> tuple[_Blocks, Tensor, int]:
-        """``A A^T`` over live outputs, a bound of ``||A||_F^2``, and the length of its sums."""
+    def _gram(self, own: Tensor, other: Tensor) -> tuple[_Blocks, Tensor, int]:
+        """``A A^T`` (``A^T A``) over live elements, a bound of ``||A||_F^2``, and the length of its sums."""
         blocks = _Blocks([], [])
-        squares = torch.zeros((), dtype=torch.float64, device=rows.device)
+        squares = torch.zeros((), dtype=torch.float64, device=own.device)
         longest, before, before_low = 1, None, 0
-        for first in range(0, self.shape[1], self.group):
-            part, low = self._rows(first, min(first + self.group, self.shape[1]), rows, columns)
+        for first in range(0, own.shape[1], self.group):
+            part, low = self._rows(first, min(first + self.group, own.shape[1]), own, other)
             squares = squares + frobenius(part.flatten(1)).square() * UP
             flat = part.flatten(1)
             longest = max(longest, flat.shape[1])

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from pycert.norms.arithmetic import UP, exact_double, exponent_of, gamma, round_up, scaled_back, times_power
-from pycert.norms.band import Band
+from pycert.norms.band import Band, largest_eigenvalue
 from pycert.norms.dense import Downdated, norm_bound
 from pycert.norms.frequency import frequency_bound
 from pycert.norms.operator import Operator
 
-#: Floating-point operations that one sample, and one mask-free operator, may cost.
-BUDGETS = {"normal": (3e9, 3e10), "high": (4e11, 2e12)}
+#: Floating-point operations that one sample, and one operator without masks or with whole channels dead, may cost.
+BUDGETS = {"normal": (3e9, 2e11), "high": (4e11, 2e12)}
+#: Of a bound over an estimate from below: where frequencies do better nothing more is spent.
+_NEAR = 1.01
 #: An operator with this many elements or fewer is written out as a matrix.
 _EXPLICIT = 2**21
 #: Patterns of live channels that are bounded each on its own; beyond, unions of several.
@@ -191,23 +193,54 @@ def _masked(
     r = best.new_ones(batch, *out) if rows is None else rows.view(batch, *out)
     c = best.new_ones(batch, *inside) if columns is None else columns.view(batch, *inside)
     best = torch.minimum(best, _channel_bounds(operator, r, c, effort))
-    bands = _bands(operator)
     for b in range(batch):
-        parts = list(zip(bands, r[b].chunk(len(bands)), c[b].chunk(len(bands))))
-        if sum(band.cost(*masks) for band, *masks in parts) <= BUDGETS[effort][0]:
-            best[b] = torch.minimum(
-                best[b], torch.stack([band.bound(*masks) for band, *masks in parts]).amax()
-            )
+        found = _band_bound(operator, r[b], c[b], BUDGETS[effort][0])
+        if found is not None:
+            best[b] = torch.minimum(best[b], found)
     return best
 
 
-def _bands(operator: Operator) -> list[Band]:
-    """One for every group: the groups are blocks of a block diagonal operator."""
+def _band_bound(operator: Operator, rows: Tensor, columns: Tensor, budget: float) -> Tensor | None:
+    """By block tridiagonal factorisations, one for every group, blocks of the operator; None beyond the budget.
+
+    rows, columns: ``[O, H', W']`` and ``[C, H, W]``.
+    """
     geometry = operator.geometry
     assert geometry is not None
     channels, height, width = geometry.input_shape
     alone = dataclasses.replace(geometry, groups=1, input_shape=(channels // geometry.groups, height, width))
-    return [Band(Operator(part, alone)) for part in operator.weight.chunk(geometry.groups)]
+    chosen, total = [], 0.0
+    groups = geometry.groups
+    for weight, *masks in zip(operator.weight.chunk(groups), rows.chunk(groups), columns.chunk(groups)):
+        bands = [Band(Operator(weight, alone), inputs) for inputs in (False, True)]
+        costs = [band.cost(*masks) for band in bands]
+        total += min(costs)
+        chosen.append((bands[costs.index(min(costs))], masks))
+    if total > budget:
+        return None
+    return torch.stack([band.bound(*masks) for band, masks in chosen]).amax()
+
+
+def _near(operator: Operator, bound: Tensor) -> bool:
+    """Whether an estimate of the norm from below is so close that no better bound need be looked for."""
+
+    def times(flat: Tensor) -> Tensor:
+        return operator.apply_adjoint(operator.apply(flat.view(1, *operator.input_shape))).flatten()
+
+    count = 1
+    for n in operator.input_shape:
+        count *= n
+    estimate = max(largest_eigenvalue(times, count, operator.weight.device), 0.0) ** 0.5
+    return bool(bound <= _NEAR * estimate)
+
+
+def _unmasked(operator: Operator, bound: Tensor, budget: float) -> Tensor:
+    """The bound, or where it is loose a better one that the budget allows; small images under large kernels need it."""
+    if _near(operator, bound):
+        return bound
+    shapes = operator.output_shape, operator.input_shape
+    found = _band_bound(operator, *(operator.weight.new_ones(*shape) for shape in shapes), budget)
+    return bound if found is None else torch.minimum(bound, found)
 
 
 def _linear_norms(
@@ -272,11 +305,12 @@ def _channel_bounds(operator: Operator, rows: Tensor, columns: Tensor, effort: s
         unions = distinct.new_zeros(limit, distinct.shape[1])
         unions.scatter_reduce_(0, groups[:, None].expand_as(distinct), distinct, "amax")
         distinct, inverse = unions, groups[inverse]
-    found = [_channel_bound(operator, pattern) for pattern in distinct]
+    budget = BUDGETS[effort][1] / len(distinct)
+    found = [_channel_bound(operator, pattern, budget) for pattern in distinct]
     return torch.stack(found)[inverse]
 
 
-def _channel_bound(operator: Operator, pattern: Tensor) -> Tensor:
+def _channel_bound(operator: Operator, pattern: Tensor, budget: float) -> Tensor:
     geometry = operator.geometry
     assert geometry is not None
     weight = operator.weight
@@ -297,7 +331,7 @@ def _channel_bound(operator: Operator, pattern: Tensor) -> Tensor:
         )
     else:
         scaled = weight * (out[:, None] * expanded)[..., None, None]
-    bound = frequency_bound(Operator(scaled, geometry))
+    bound = _unmasked(Operator(scaled, geometry), frequency_bound(Operator(scaled, geometry)), budget)
     # Weights are rounded twice: by gamma_4 |W|, whose operator norm is at most sqrt(||.||_1 ||.||_inf) of |W|.
     again = Operator(scaled, geometry)
     schur = (largest_sum(again, None, None, 1, 1) * largest_sum(again, None, None, 1, torch.inf)).sqrt()[0]
@@ -341,8 +375,4 @@ def global_bound(operator: Operator, effort: str) -> Tensor:
     best = frequency_bound(operator)
     for extra in range(1, 4) if effort == "high" else ():
         best = torch.minimum(best, frequency_bound(operator, extra))
-    bands = _bands(operator)
-    whole = [weight.new_ones(*shape) for shape in (bands[0].shape, bands[0].operator.input_shape)]
-    if len(bands) * bands[0].cost(*whole) <= BUDGETS[effort][1]:
-        best = torch.minimum(best, torch.stack([band.bound(*whole) for band in bands]).amax())
-    return best
+    return _unmasked(operator, best, BUDGETS[effort][1])

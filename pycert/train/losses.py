@@ -13,7 +13,10 @@ None of this is a certificate: the norms are power-iteration estimates from belo
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,6 +52,7 @@ def worst_logits(
     steps: int = 5,
     starts: list[Tensor] | None = None,
     sparsity: float | None = None,
+    local_layers: Sequence[int] | None = None,
 ) -> WorstLogits:
     """Logits against every other class, at the worst point of l2 balls as the bound sees it.
 
@@ -59,6 +63,8 @@ def worst_logits(
         steps: of the power iterations.
         starts: what an earlier call returned for these samples (for ``"global"``: for this network).
         sparsity: if given, also the penalty that makes neurons constant, with this weight for its upper part.
+        local_layers: numbers of the affine layers (0 the first) whose norms ``"local"`` takes per sample, those of the
+            others being global; None for all. It is for data sets whose warm starts would not fit.
 
     Returns:
         :class:`WorstLogits`; gradients reach weights, thresholds, ``x`` and ``eps``.
@@ -72,7 +78,7 @@ def worst_logits(
     if bound not in BOUNDS:
         raise ValueError(f"bound must be one of 'local', 'global', got {bound!r}")
     radius = eps if isinstance(eps, Tensor) else x.new_full((x.shape[0],), float(eps))
-    reach = propagate(net, x, radius.expand(x.shape[0]), bound, steps, starts, sparsity)
+    reach = propagate(net, x, radius.expand(x.shape[0]), bound, steps, starts, sparsity, local_layers)
     last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
     clean = F.linear(reach.centre, last.weight, last.bias)
     classes = last.out_features
@@ -140,7 +146,9 @@ class WarmStarts:
         net, example: the network and an input ``[1, *in]``.
         count: samples of the training set.
         dtype: ``torch.float16`` (half the memory; the iteration mends its rounding) or ``torch.float32``.
-        path: a folder; the vectors then are memory-mapped files in it instead of memory.
+        path: a folder; the vectors then are memory-mapped files in it instead of memory. Files of the right size that
+            are there already are taken over: a run that is resumed goes on with them.
+        local_layers: as in :func:`worst_logits`; a layer that is not among them has one vector for all samples.
 
     ``repr`` tells its size. New samples start from zeros, which :func:`pycert.ops.power_norm` replaces by random signs.
 
@@ -154,21 +162,30 @@ class WarmStarts:
         count: int,
         dtype: torch.dtype = torch.float16,
         path: str | Path | None = None,
+        local_layers: Sequence[int] | None = None,
     ) -> None:
         if dtype not in (torch.float16, torch.float32):
             raise TypeError(f"WarmStarts: dtype must be float16 or float32, got {dtype}")
         if count < 1:
             raise ValueError(f"WarmStarts: count must be at least 1, got {count}")
         self.count, self.dtype = count, dtype
-        self.tensors: list[Tensor] = []
-        for number, shape in enumerate(warm_start_shapes(net, example)):
-            if path is None:
-                self.tensors.append(torch.zeros(count, *shape, dtype=dtype))
-                continue
-            Path(path).mkdir(parents=True, exist_ok=True)
-            kind = np.float16 if dtype == torch.float16 else np.float32
-            file = np.memmap(Path(path) / f"layer{number}.bin", kind, "w+", shape=(count, *shape))
-            self.tensors.append(torch.from_numpy(file))
+        shapes = warm_start_shapes(net, example)
+        self.per_sample = [local_layers is None or k in local_layers for k in range(len(shapes))]
+        self.tensors = [
+            self._tensor(
+                None if path is None else Path(path) / f"layer{k}.bin", (count if own else 1, *shape)
+            )
+            for k, (shape, own) in enumerate(zip(shapes, self.per_sample))
+        ]
+
+    def _tensor(self, path: Path | None, shape: tuple[int, ...]) -> Tensor:
+        if path is None:
+            return torch.zeros(shape, dtype=self.dtype)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = np.dtype(np.float16 if self.dtype == torch.float16 else np.float32)
+        size = math.prod(shape) * kind.itemsize
+        mode: Literal["r+", "w+"] = "r+" if path.exists() and path.stat().st_size == size else "w+"
+        return torch.from_numpy(np.memmap(path, kind, mode, shape=shape))
 
     @property
     def nbytes(self) -> int:
@@ -176,13 +193,15 @@ class WarmStarts:
 
     def take(self, index: Tensor) -> list[Tensor]:
         """The vectors of some samples, ``[B, *shape]`` float32 per layer."""
-        return [tensor[index].float() for tensor in self.tensors]
+        return [
+            (tensor[index] if own else tensor).float() for tensor, own in zip(self.tensors, self.per_sample)
+        ]
 
     def put(self, index: Tensor, starts: list[Tensor]) -> None:
         """Keeps what a call returned for these samples, normalised so that half precision holds it."""
-        for tensor, start in zip(self.tensors, starts, strict=True):
+        for tensor, start, own in zip(self.tensors, starts, self.per_sample, strict=True):
             size = start.flatten(1).abs().amax(1).clamp(min=1e-30).view(-1, *[1] * (start.dim() - 1))
-            tensor[index] = (start.detach() / size).to(self.dtype)
+            tensor[index if own else slice(None)] = (start.detach() / size).to(self.dtype)
 
     def __repr__(self) -> str:
         kind = "float16" if self.dtype == torch.float16 else "float32"
