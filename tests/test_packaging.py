@@ -222,6 +222,20 @@ def test_every_page_with_examples_is_run():
     assert pages == {"index.md", *ABOUT_YOUR_NETWORK}
 
 
+def test_architecture_names_every_folder_and_only_files_that_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Files")[2]
+    rows = re.findall(r"^\| (`[^|]+`) \| (.*) \|$", text, re.MULTILINE)
+    named = set()
+    for folders, content in rows:
+        folders = [ROOT / folder for folder in re.findall(r"`([^`]+)/`", folders)]
+        named |= set(folders)
+        for file in re.findall(r"`([\w*]+\.(?:h|cpp|cuh|py))`", content):
+            assert any(list(folder.glob(file)) for folder in folders), file
+    sources = [path for path in ROOT.glob("csrc/*") if path.is_dir()]
+    sources += [path.parent for path in ROOT.glob("pycert/*/__init__.py") if path.parent.name != "compat"]
+    assert set(sources) <= named
+
+
 def test_every_page_of_the_documentation_is_in_its_table_of_contents():
     listed = re.findall(r"^(\w+)$", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE)
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
