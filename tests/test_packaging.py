@@ -115,7 +115,9 @@ def test_doctor_fails_when_bounds_are_wrong(monkeypatch):
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            found = (page.parent / target).resolve()
+            assert found.exists(), f"{page.name} links to {target}"
+            assert page.parent == ROOT or found.parent == page.parent, f"{target}: not a page of the documentation"
 
 
 def python_blocks(page: Path) -> list[str]:
