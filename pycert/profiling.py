@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -169,6 +171,10 @@ class Profile:
                 heads.append([t.layer, str(t.rows), f"{rebounded:.1f}", f"{1e3 * t.seconds:.3g}"])
             parts.append(_aligned(heads, 1))
         parts.append(self.summary())
+        if any((entry.roof_share(roofs) or 0) > 1 for entry in entries[:limit]):
+            parts.append(
+                "More than 100 % of the roof: data came out of a cache, and the roof is the memory's."
+            )
         return "\n\n".join(parts)
 
     def summary(self) -> str:
@@ -304,19 +310,16 @@ def measured_roofs(device: str, dtype: torch.dtype, threads: int) -> Roofs:
     return Roofs(2 * source.numel() * source.element_size() / copying, 2 * side**3 / multiplying)
 
 
-def _exact_products() -> Any:
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
     """No TF32: the roof of float32 products that bounds may use."""
     flags = torch.backends.cuda.matmul
     previous = flags.allow_tf32
-
-    class Guard:
-        def __enter__(self) -> None:
-            flags.allow_tf32 = False
-
-        def __exit__(self, *_: object) -> None:
-            flags.allow_tf32 = previous
-
-    return Guard()
+    flags.allow_tf32 = False
+    try:
+        yield
+    finally:
+        flags.allow_tf32 = previous
 
 
 def _best_seconds(call: Any, device: str, repeat: int = 5) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -332,6 +334,29 @@ def test_bench_needs_a_checkout(folder, monkeypatch, capsys):
     monkeypatch.setattr(bench, "__file__", str(folder / "a" / "b" / "bench.py"))
     assert main(["bench", "engine"]) == 2
     assert "from the root of a clone" in capsys.readouterr().err
+
+
+def test_bench_runs_where_the_user_is(folder, monkeypatch):
+    """So that ``--out`` and ``--peer`` may be relative paths."""
+    from pycert.cli import bench
+
+    calls = []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(bench, "checkout", lambda: folder / "clone")
+    monkeypatch.setattr(
+        bench.subprocess, "run", lambda *a, **k: calls.append((a, k)) or subprocess.CompletedProcess(a, 3)
+    )
+    assert main(["bench", "engine", "--out", "here"]) == 3
+    (command,), options = calls[0]
+    assert command[1:] == ["-m", "benchmarks", "engine", "--out", "here"]
+    assert "cwd" not in options
+    assert options["env"]["PYTHONPATH"].split(os.pathsep)[0] == str(folder / "clone")
+
+
+def test_a_missing_file_is_named_without_the_number_of_the_error(folder, capsys):
+    command = "certify clinet:make --weights none.pt --data data.npz --scale 255 --eps 0.01"
+    assert main(command.split()) == 2
+    assert capsys.readouterr().err == "pycert certify: error: none.pt: No such file or directory\n"
 
 
 def test_help_lists_the_commands_and_warns_of_code(capsys):

@@ -42,8 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ERRORS as error:
         if args.traceback:
             raise
-        print(f"pycert {args.command}: error: {error}", file=sys.stderr)
+        print(f"pycert {args.command}: error: {_sentence(error)}", file=sys.stderr)
         return 2
+
+
+def _sentence(error: Exception) -> str:
+    """What to print of an error: of a file that cannot be opened its name and the reason, without the number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _covered() -> contextlib.AbstractContextManager[None]:

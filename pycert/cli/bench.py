@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``python -m benchmarks`` in the checkout; its exit status."""
-    folder = checkout()
+    """Run ``python -m benchmarks`` of the checkout here, so that paths mean what they say; its exit status."""
+    search = [str(checkout()), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
     command = [sys.executable, "-m", "benchmarks", *(args.arguments or ["--help"])]
-    return subprocess.run(command, cwd=folder, check=False).returncode
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def checkout() -> Path:

@@ -24,6 +24,9 @@ OPTIONAL_PACKAGES = (
     ("tqdm", "tqdm", "progress bars"),
     ("onnx", "onnx", "networks from ONNX files (pycert.load_onnx)"),
     ("onnxruntime", "onnxruntime", "checks of what pycert.load_onnx has read"),
+    ("highspy", "highspy", 'method "lp"'),
+    ("scipy", "scipy", "output constraints of pycert.compat.auto_LiRPA"),
+    ("gurobipy", "gurobipy", "build_solver_module of pycert.compat.auto_LiRPA (needs a licence)"),
 )
 
 
@@ -40,7 +43,11 @@ class Finding:
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add ``doctor`` to the subcommands of ``pycert``; ``run`` stands in ``args.run``."""
-    parser = subparsers.add_parser("doctor", help="say what is installed, what is missing and how to get it")
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what is installed, what is missing and how to get it",
+        description="Report on this installation and check one bound. '!' marks a note, 'x' what is missing.",
+    )
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.set_defaults(run=run)
     return parser
@@ -164,6 +171,8 @@ def _soundness_flags() -> list[Finding]:
         lowered["matmul"] = f"torch.get_float32_matmul_precision() is {wanted!r}"
     nnpack = nnpack_enabled()
     tf32 = [name for name, on in (("matmul", cuda_matmul), ("convolution", cuda_conv)) if on]
+    if torch.version.cuda is None:
+        tf32 = []  # the flags are there, and nothing that they could change
     return [
         Finding(
             section,

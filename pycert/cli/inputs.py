@@ -142,7 +142,8 @@ def load_data(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> t
             missing = [key for key in (args.x_key, args.y_key) if key not in file.files]
             if missing:
                 raise CommandError(
-                    f"--data {args.data}: no array {missing[0]!r}, it holds {', '.join(file.files)}"
+                    f"--data {args.data}: no array {missing[0]!r}, it holds {', '.join(file.files)}; "
+                    "--x-key and --y-key name the inputs and the classes"
                 )
             x, y = file[args.x_key], file[args.y_key]
     except (ValueError, AttributeError, EOFError) as error:

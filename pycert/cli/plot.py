@@ -14,9 +14,14 @@ from pycert.cli.inputs import CommandError
 
 def add_parser(subparsers: Any) -> None:
     """Options of the command."""
-    parser = subparsers.add_parser("plot", help="draw results of certify or demo, or relaxations")
+    parser = subparsers.add_parser(
+        "plot",
+        help="draw results of certify or demo, or relaxations",
+        description="Draw what pycert certify or demo found, or what relaxations look like; prints what it wrote.",
+    )
     parser.add_argument(
         "results",
+        metavar="RESULTS|relaxation",
         type=Path,
         help="certify's FILE.jsonl (finished or not), demo's results.json, or the word relaxation: pictures of "
         "what box, zonotope, CROWN, triangle and k-ReLU allow, and an interactive page",

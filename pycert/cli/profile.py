@@ -17,7 +17,9 @@ from pycert.options import METHODS, SOUNDNESS
 def add_parser(subparsers: Any) -> None:
     """Options of the command."""
     parser = subparsers.add_parser(
-        "profile", help="time a bound by layer and kernel, against the device's roofs"
+        "profile",
+        help="time a bound by layer and kernel, against the device's roofs",
+        description="Run a bound once to warm up and once recorded; print where the time went.",
     )
     parser.add_argument(
         "network",
@@ -30,17 +32,17 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--eps", type=number, required=True, metavar="EPS", help="radius, as 0.1 or 8/255")
     parser.add_argument(
-        "--p", type=float, default=float("inf"), help="norm of the ball: 1, 2 or inf (default)"
+        "--p", type=number, default=float("inf"), help="norm of the ball: 1, 2 or inf (default)"
     )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="samples at once (default 1)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--soundness", choices=SOUNDNESS, default="deployed")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
+    parser.add_argument("--soundness", choices=SOUNDNESS, default="deployed", help="default deployed")
     parser.add_argument(
         "--gradient", action="store_true", help="also the gradients of the bounds, as in training"
     )
-    parser.add_argument("--memory", help="budget for the rows of one chunk, as 2GiB")
-    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--memory", metavar="SIZE", help="budget for the rows of one chunk, as 2GiB")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: torch's own choice")
     parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="state dict; tensors only")
     parser.add_argument(
         "--mean", type=number, nargs="+", metavar="M", help="normalise inside the network: mean"
@@ -54,9 +56,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of random weights and samples (default 0)")
     parser.add_argument(
-        "--by", nargs="+", choices=("layer", "phase", "kernel"), default=["layer", "phase", "kernel"]
+        "--by",
+        nargs="+",
+        choices=("layer", "phase", "kernel"),
+        default=["layer", "phase", "kernel"],
+        help="what has lines of its own; the rest is added up (default: all three)",
     )
-    parser.add_argument("--limit", type=int, default=25, help="lines of the table (default 25)")
+    parser.add_argument("--limit", type=int, default=25, metavar="N", help="lines of the table (default 25)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as JSON")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="Chrome trace of one more run, for ui.perfetto.dev"

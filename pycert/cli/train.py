@@ -29,40 +29,84 @@ def add_parser(subparsers: Any) -> None:
         help="returns the nn.Module (runs code of that module); or an ONNX file, whose weights are trained further",
     )
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="arrays x [N, ...] and y [N]")
-    parser.add_argument("--x-key", default="x", metavar="NAME")
-    parser.add_argument("--y-key", default="y", metavar="NAME")
+    parser.add_argument("--x-key", default="x", metavar="NAME", help="inputs in FILE.npz (default x)")
+    parser.add_argument("--y-key", default="y", metavar="NAME", help="classes in FILE.npz (default y)")
     parser.add_argument(
         "--shape", type=int, nargs="+", metavar="N", help="shape of one sample, where x has another"
     )
-    parser.add_argument("--scale", type=inputs.number, help="divide x by it; required for integer x")
-    parser.add_argument("--mean", type=inputs.number, nargs="+", help="normalise inside the network: mean")
-    parser.add_argument("--std", type=inputs.number, nargs="+", help="and standard deviation")
-    parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="start from this state dict")
-    parser.add_argument("--eps", type=inputs.number, default=defaults.eps, help="default %(default)s")
     parser.add_argument(
-        "--clip", type=inputs.number, nargs=2, default=[0.0, 1.0], metavar=("LO", "HI"), help="default 0 1"
+        "--scale",
+        type=inputs.number,
+        metavar="S",
+        help="divide x by S; required for integer x (255 for pixels)",
+    )
+    parser.add_argument(
+        "--mean", type=inputs.number, nargs="+", metavar="M", help="normalise inside the network: mean"
+    )
+    parser.add_argument(
+        "--std", type=inputs.number, nargs="+", metavar="S", help="and standard deviation, one or per channel"
+    )
+    parser.add_argument("--weights", type=Path, metavar="FILE.pt", help="start from this state dict")
+    parser.add_argument(
+        "--eps",
+        type=inputs.number,
+        default=defaults.eps,
+        help="radius at the end, as 0.1 or 8/255 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--clip",
+        type=inputs.number,
+        nargs=2,
+        default=[0.0, 1.0],
+        metavar=("LO", "HI"),
+        help="range of valid inputs (default 0 1)",
     )
     parser.add_argument(
         "--method", choices=("ibp", "crown-ibp"), default=defaults.method, help="default %(default)s"
     )
-    parser.add_argument("--epochs", type=int, help=f"default {defaults.epochs}; every phase scales with it")
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default %(default)s")
     parser.add_argument(
-        "--learning-rate", type=float, default=defaults.learning_rate, help="default %(default)s"
+        "--epochs", type=int, metavar="N", help=f"default {defaults.epochs}; every phase scales with it"
     )
     parser.add_argument(
-        "--kappa", type=float, default=defaults.kappa[1], help="share of the clean loss at the end"
-    )
-    parser.add_argument("--beta", type=float, default=defaults.beta[1], help="share of CROWN-IBP at the end")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument(
-        "--out", type=Path, default=Path("weights.pt"), help="state dict (default %(default)s)"
+        "--batch-size", type=int, metavar="N", default=defaults.batch_size, help="default %(default)s"
     )
     parser.add_argument(
-        "--checkpoint", type=Path, help="written after every epoch; an existing one is continued"
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        default=defaults.learning_rate,
+        help="default %(default)s",
     )
-    parser.add_argument("--history", type=Path, help="JSON lines, one an epoch")
+    parser.add_argument(
+        "--kappa",
+        type=float,
+        default=defaults.kappa[1],
+        metavar="SHARE",
+        help="share of the clean loss at the end (default %(default)s)",
+    )
+    parser.add_argument(
+        "--beta",
+        type=float,
+        default=defaults.beta[1],
+        metavar="SHARE",
+        help="share of CROWN-IBP at the end (default %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: torch's own choice")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("weights.pt"),
+        metavar="FILE.pt",
+        help="state dict (default %(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE.pt",
+        help="written after every epoch; an existing one is continued",
+    )
+    parser.add_argument("--history", type=Path, metavar="FILE.jsonl", help="JSON lines, one an epoch")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

@@ -1,4 +1,4 @@
-"""Conversion of operators that move elements, and of pools and reductions."""
+"""Conversion of operators that move elements."""
 
 from __future__ import annotations
 
