@@ -52,7 +52,7 @@ def octahedral_bounds(
         dimensions are flattened; in the units of the pre-activations.
 
     Raises:
-        ValueError: there is no such layer; a neuron does not exist; ``k`` is not 1, 2, 3 or 4.
+        ValueError: there is no such layer; no groups; a neuron does not exist; ``k`` is not 1, 2, 3 or 4.
 
     Soundness: as in ``bound``.
     Source: Singh et al., "Beyond the Single Neuron Convex Barrier for Neural Network Certification", NeurIPS
@@ -64,6 +64,8 @@ def octahedral_bounds(
         raise ValueError(
             f"groups must be [G, k] or [B, G, k] of int64, got {list(groups.shape)} of {groups.dtype}"
         )
+    if groups.shape[-2] == 0:
+        raise ValueError(f"groups must hold at least one group, got {list(groups.shape)}")
     if groups.dim() == 3 and len(groups) != region.batch:
         raise ValueError(f"groups must have the region's batch of {region.batch}, got {list(groups.shape)}")
     if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < width:
@@ -184,12 +186,20 @@ class CutSet:
         Raises:
             ValueError: no activation reads the layer, or several that differ; shapes do not fit; NaN or infinite
                 numbers; an index out of range.
-            TypeError: the dtypes differ.
+            TypeError: the dtypes differ; not a tensor.
 
         Soundness: the caller vouches for the rows; whatever multipliers they get, the bounds then hold.
         Source: the dual of Mueller et al. (PRIMA), POPL 2022; for cutting planes in general Zhang et al.
         (GCP-CROWN), NeurIPS 2022.
         """
+        for name, t in (
+            ("P_y", P_y),
+            ("P_x", P_x),
+            ("P_c", P_c),
+            *([] if index is None else [("index", index)]),
+        ):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"add_cuts: {name} must be a tensor, got {type(t).__name__}")
         activation, value = _activation_of(self.bm.graph, layer)
         width = self.bm.graph.numel(value)
         if P_y.dim() not in (2, 3) or P_x.shape != P_y.shape or P_c.shape != P_y.shape[:-1]:
@@ -212,6 +222,11 @@ class CutSet:
             for t, d in ((index, 3), (P_x, 3), (P_y, 3), (P_c, 2))
         ]
         new = Cuts(layer, *parts)
+        known = self.cuts.get(activation)
+        if known is not None and len(known.P_c) != len(new.P_c) and 1 not in (len(known.P_c), len(new.P_c)):
+            raise ValueError(
+                f"add_cuts: rows of batches of {len(known.P_c)} and {len(new.P_c)} do not go together"
+            )
         self.cuts[activation] = _joined(self.cuts[activation], new) if activation in self.cuts else new
 
     @property
@@ -235,6 +250,8 @@ class CutSet:
         return found
 
     def _with(self, other: CutSet) -> CutSet:
+        if other.bm is not self.bm:  # numbers of its neurons mean nothing here
+            raise ValueError("cuts are of another BoundedModule; add them to a CutSet of this one")
         both = CutSet(self.bm)
         both.cuts = dict(self.cuts)
         for activation, cuts in other.cuts.items():

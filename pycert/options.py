@@ -120,6 +120,10 @@ def parse(
 
 
 def _check_joint(options: Options) -> None:
+    for name in ("k", "ns", "s", "rows", "directions"):
+        value = getattr(options, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
     check_selection(options.k, options.ns, options.s, options.cover)
     for name, least in (("least", 0), ("rows", 0), ("cut_rate", 0), ("directions", 0)):
         value = getattr(options, name)

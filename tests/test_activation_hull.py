@@ -158,3 +158,22 @@ def test_errors_name_the_argument():
         pycert.ops.maximum_hull(*ok)
     with pytest.raises(ValueError, match="activation"):
         pycert.ops.activation_hull(*ok, "step")
+
+
+@pytest.mark.parametrize(
+    "hull", [pycert.ops.maximum_hull, lambda *a: pycert.ops.activation_hull(*a, "sigmoid")]
+)
+def test_arguments_that_do_not_fit_are_refused(hull):
+    ends, A, b = torch.ones(1, 2), torch.zeros(1, 3, 2), torch.ones(1, 3)
+    for given in (
+        (-ends.half(), ends.half(), A.half(), b.half()),
+        (-ends.long(), ends.long(), A.long(), b.long()),
+    ):
+        with pytest.raises(TypeError, match="float32 or float64"):
+            hull(*given)
+    for given in ((-ends.double(), ends, A, b), (-ends, ends, A.double(), b)):
+        with pytest.raises(TypeError, match="like lower"):
+            hull(*given)
+    for given in ((-ends[0], ends[0], A, b), (-ends, ends, A[:, :, :1], b), (-ends, ends, A, b[:, :2])):
+        with pytest.raises(ValueError, match="must be"):
+            hull(*given)

@@ -274,3 +274,11 @@ def test_batches_may_be_empty_and_operators_are_registered_well():
     lower, upper = box_of(limit)
     arguments = [torch.tensor(t)[None] for t in (lower, upper, -directions(2), limit)]
     torch.library.opcheck(torch.ops.pycert.krelu_hull.default, (*arguments, None, None, 40, 0))
+
+
+def test_no_tensors_and_no_integers_are_refused():
+    ends, A, b = torch.ones(1, 2), torch.zeros(1, 0, 2), torch.zeros(1, 0)
+    with pytest.raises(TypeError, match="lower must be a tensor"):
+        pycert.ops.krelu_hull([[-1.0, -1.0]], ends, A, b)
+    with pytest.raises(TypeError, match="max_rows must be an integer"):
+        pycert.ops.krelu_hull(-ends, ends, A, b, max_rows=1.5)

@@ -429,3 +429,28 @@ def test_rows_of_relus_stay_with_the_relu():
     row = torch.ones(1, 4)
     with pytest.raises(ValueError, match="read by sigmoid and relu"):
         krelu.CutSet(bm).add_cuts("first", row, row, torch.ones(1))
+
+
+def test_cuts_of_another_network_are_refused():
+    bm, region = random_net(0)
+    wide = nn.Sequential(nn.Linear(6, 500), nn.ReLU(), nn.Linear(500, 3))
+    cuts = krelu.CutSet(pycert.BoundedModule(wide, torch.empty(1, 6)))
+    cuts.add_cuts("0", torch.ones(1, 500), torch.ones(1, 500), torch.ones(1))
+    for method in ("krelu", "lp"):
+        with pytest.raises(ValueError, match="another BoundedModule"):
+            bm.bound(region, method=method, cuts=cuts, **QUICK)
+
+
+def test_what_makes_no_sense_is_named():
+    bm, region = random_net(0)
+    cuts, ones = krelu.CutSet(bm), torch.ones
+    cuts.add_cuts("0", ones(2, 1, 12), ones(2, 1, 12), ones(2, 1))
+    with pytest.raises(ValueError, match="batches of 2 and 3"):
+        cuts.add_cuts("0", ones(3, 1, 12), ones(3, 1, 12), ones(3, 1))
+    with pytest.raises(TypeError, match="P_x must be a tensor"):
+        cuts.add_cuts("0", ones(1, 12), [1.0], ones(1))
+    with pytest.raises(ValueError, match="at least one group"):
+        krelu.octahedral_bounds(bm, region, "0", torch.zeros(0, 2, dtype=torch.int64))
+    for name in ("k", "ns", "s", "rows", "directions"):
+        with pytest.raises(ValueError, match=f"{name} must be an integer"):
+            bm.bound(region, method="krelu", **{name: 2.5})

@@ -390,3 +390,21 @@ def test_a_mean_over_all_elements_of_a_sample():
 class LastMean(nn.Module):
     def forward(self, x):
         return (x - x.mean(-1, keepdim=True)).relu()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(number):
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    bm, region = pycert.BoundedModule(net, torch.empty(1, 4)), pycert.LpBall(torch.zeros(2, 4), eps=0.1)
+    net[2].weight.data[0, 0] = number
+    for bound in (lipschitz.local_bound, lipschitz.jacobian_bound):
+        with pytest.raises(ValueError, match=r"2\.weight"):
+            bound(bm, region)
+    with pytest.raises(ValueError, match=r"2\.weight"):
+        lipschitz.global_bound(bm)
+
+
+def test_an_unknown_effort_is_named():
+    bm = pycert.BoundedModule(nn.Linear(2, 2), torch.empty(1, 2))
+    with pytest.raises(ValueError, match="effort must be one of"):
+        lipschitz.local_bound(bm, pycert.LpBall(torch.zeros(1, 2), eps=0.1), effort="some")

@@ -484,3 +484,8 @@ def test_the_charge_of_the_gram_product_is_needed(charged, monkeypatch):
     finally:
         _C.testing_enable_all()
     assert (value >= exact) == charged
+
+
+def test_a_weight_without_elements_is_refused():
+    with pytest.raises(ValueError, match="must not be empty"):
+        masked_norm(torch.zeros(0, 4))

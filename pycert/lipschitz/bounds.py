@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pycert import _C
 from pycert.bounded import BoundedModule
-from pycert.lipschitz.states import ThreeState
+from pycert.lipschitz.states import BUDGETS, ThreeState
 from pycert.lipschitz.walk import LayerNorm, Settings, Walk
 from pycert.norms.arithmetic import UP, dual_norm, exact_double, gamma, root, round_up
 from pycert.regions import Box, LpBall, Region
@@ -63,13 +63,15 @@ class GlobalBound:
         return f"GlobalBound({self.value:.6g}, {kind}, p={self.p:g})"
 
 
-def _check(p: float, method: str) -> None:
+def _check(p: float, method: str, effort: str) -> None:
     if p not in (1, 2, math.inf):
         raise ValueError(f"p must be 1, 2 or inf, got {p!r}")
     if method not in METHODS:
         raise ValueError(f"method must be one of 'gram', 'power', got {method!r}")
     if method == "power" and p != 2:
         raise ValueError(f"method 'power' is for p = 2, got p = {p}")
+    if effort not in BUDGETS:
+        raise ValueError(f"effort must be one of 'normal', 'high', got {effort!r}")
 
 
 def radius_of(region: Region, p: float) -> tuple[Tensor, Tensor]:
@@ -148,20 +150,23 @@ def local_bound(
         :class:`LipschitzBound` ``[B]``, output units over input units, in the dtype of the region.
 
     Raises:
-        ValueError: unknown names; an operator without Lipschitz bound (products of values, attention).
+        ValueError: unknown names; an operator without Lipschitz bound (products of values, attention); weights that
+            are not finite.
 
     Soundness: outward rounded with ``"gram"``; none with ``"power"``. Gradient: none;
     :mod:`pycert.train.losses` has the trainable bound.
     Source: Huang et al. 2021, section 3 (rows and columns of constant activations eliminated); for the
     three states see :mod:`pycert.lipschitz.states`; docs/lipschitz.md.
     """
-    _check(p, method)
+    _check(p, method, effort)
     settings = Settings(float(p), method, effort, False, layers)
     with torch.no_grad():
         walk = walk_over(bm, region, settings, bm.graph.output)
         value = walk.lengths(bm.graph.output).lengths[:, 0]
         if three_state and method == "gram":
             value = torch.minimum(value, ThreeState(walk).of_outputs())
+        if not bool(torch.isfinite(value).all()):
+            bm._diagnose(walk.tensors)
     first = region[0] if isinstance(region, tuple) else region
     sound = method == "gram"
     return LipschitzBound.of(round_up(value, first.lower.dtype), sound, float(p), walk.layers)
@@ -180,12 +185,14 @@ def global_bound(
     Soundness: as in :func:`local_bound`. Source: Leino et al., "Globally-Robust Neural Networks", ICML 2021,
     for the constants ``K_ij``.
     """
-    _check(p, method)
+    _check(p, method, effort)
     with torch.no_grad():
         walk = Walk(bm.net, bm.graph, bm._tensors(), Settings(float(p), method, effort, False, True), 1)
         graph = bm.graph
         hidden, weight = last_layer(bm)
         value = float(walk.lengths(graph.output).lengths[0, 0])
+        if not math.isfinite(value):
+            bm._diagnose(walk.tensors)
         count = graph.numel(graph.output)
         rows = torch.eye(count, dtype=torch.float64) if weight is None else exact_double(weight)
         constant = walk.lengths(hidden).lengths[0, 0]

@@ -93,7 +93,7 @@ def jacobian_bound(
         :class:`JacobianBound`; ``.constant(p)`` gives Lipschitz constants.
 
     Raises:
-        ValueError: an unknown method; an operator that has no such bound.
+        ValueError: an unknown method; an operator that has no such bound; weights that are not finite.
 
     Soundness: outward rounded; of the network in real arithmetic with these weights. Gradient: none.
     """
@@ -101,9 +101,11 @@ def jacobian_bound(
         raise ValueError(f"method must be one of 'interval', 'linear', got {method!r}")
     with torch.no_grad():
         walk = walk_over(bm, region, Settings(math.inf), bm.graph.output, "real")
-        found = _Jacobian(walk, method == "linear")
         first = region[0] if isinstance(region, tuple) else region
-        return found.bound(first.lower.dtype)
+        found = _Jacobian(walk, method == "linear").bound(first.lower.dtype)
+        if not bool(torch.isfinite(found.row_sums).all()):
+            bm._diagnose(walk.tensors)
+        return found
 
 
 Interval = tuple[Tensor, Tensor]

@@ -19,6 +19,21 @@ _S_SHAPED = ("sigmoid", "tanh", "softsign")
 _STRAIGHT = 1e-9
 
 
+def _check(name: str, lower: Tensor, upper: Tensor, A: Tensor, b: Tensor) -> None:
+    """Types and shapes, before anything is computed in float64."""
+    for number, t in (("lower", lower), ("upper", upper), ("A", A), ("b", b)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: {number} must be a tensor, got {type(t).__name__}")
+        if t.dtype != lower.dtype or t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: {number} must be float32 or float64 and like lower, got {t.dtype}")
+    if lower.dim() != 2 or upper.shape != lower.shape:
+        given = f"{list(lower.shape)} and {list(upper.shape)}"
+        raise ValueError(f"{name}: lower and upper must be [groups, k] alike, got {given}")
+    if A.dim() != 3 or A.shape[::2] != lower.shape or b.shape != A.shape[:2]:
+        given = f"{list(A.shape)} and {list(b.shape)}"
+        raise ValueError(f"{name}: A and b must be [groups, rows, k] and [groups, rows], got {given}")
+
+
 class _Pieces(NamedTuple):
     """``constant + slope x + bend relu(x - kink)``, not below (or not above) the activation where ``valid``."""
 
@@ -74,6 +89,7 @@ def activation_hull(
         >>> rows[0, count[0] - 1]  # y1 + y2 <= 1 / 2 + 3 / 4 (x1 + x2)
         tensor([ 1.0000,  1.5000,  1.5000, -2.0000, -2.0000])
     """
+    _check("activation_hull", lower, upper, A, b)
     low, high, normals, offsets = (t.detach().double() for t in (lower, upper, A, b))
     same = torch.zeros_like(low, dtype=torch.bool) if identity is None else identity
     largest = torch.maximum(low.abs(), high.abs())
@@ -253,7 +269,8 @@ def maximum_hull(
         >>> rows[0, count[0] - 1]  # the maximum is at most 1
         tensor([ 1.,  0.,  0., -1.])
     """
-    if lower.dim() != 2 or lower.shape[1] != 2:
+    _check("maximum_hull", lower, upper, A, b)
+    if lower.shape[1] != 2:
         raise ValueError(f"maximum_hull: lower must be [groups, 2], got {list(lower.shape)}")
     low, high, normals, offsets = (t.detach().double() for t in (lower, upper, A, b))
     largest = torch.maximum(low.abs(), high.abs())

@@ -69,7 +69,8 @@ def krelu_hull(
 
     Raises:
         ValueError: a shape or device does not fit, or ``A`` holds other numbers.
-        TypeError: the dtypes differ or are neither float32 nor float64; ``identity`` is not bool.
+        TypeError: the dtypes differ or are neither float32 nor float64; ``identity`` is not bool; no tensor; a
+            count is no integer.
 
     Soundness: outward rounded. Normals are found in plain arithmetic; each offset is then proved by weak
     duality with a bound on its rounding (``csrc/core/krelu.h``), whatever was found before.
@@ -84,6 +85,12 @@ def krelu_hull(
         >>> rows[0, 14 : count[0]]  # y1 + y2 <= 1 + (x1 + x2) / 2
         tensor([[ 1.0000,  0.5000,  0.5000, -1.0000, -1.0000]])
     """
+    for name, value in (("lower", lower), ("upper", upper), ("A", A), ("b", b)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"krelu_hull: {name} must be a tensor, got {type(value).__name__}")
+    for name, number in (("max_rows", max_rows), ("pivots", pivots)):
+        if number is not None and not isinstance(number, int):
+            raise TypeError(f"krelu_hull: {name} must be an integer, got {number!r}")
     k = lower.shape[-1] if lower.dim() == 2 else 0
     if max_rows is not None and max_rows < 0:
         raise ValueError(f"krelu_hull: max_rows must not be negative, got {max_rows}")

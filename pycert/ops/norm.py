@@ -46,6 +46,8 @@ def _arguments(
     weight = _out_of_autocast(weight)
     if weight.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"weight must be float32 or float64, got {weight.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"weight must not be empty, got {list(weight.shape)}")
     operator = operator_of(weight, conv)
     rows = _mask("row_mask", row_mask, operator.output_shape, weight)
     columns = _mask("col_mask", col_mask, operator.input_shape, weight)
