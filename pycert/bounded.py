@@ -185,6 +185,8 @@ class BoundedModule(nn.Module):
             k, ns, s, cover, least: of ``"krelu"``: groups of ``k`` neurons, 3; see
                 :func:`pycert.krelu.select_groups`.
             rows: of ``"krelu"`` and ``"lp"``: how many constraints a group has at most, 12 and 0.
+            effort: of ``"lipschitz"``: ``"normal"`` or ``"high"``, of its norms (:func:`pycert.ops.masked_norm`).
+            norms: of ``"lipschitz"``: ``"gram"``; ``"power"``, which only estimates norms, is refused.
             time_limit: of ``"lp"``: seconds of a sample; what is not solved then keeps the bound of alpha-crown.
             cut_rate: of ``"krelu"``: the first step of multipliers, in units of a coefficient's usual size, 0.1.
             directions: of ``"krelu"`` and ``"lp"``: steps of ascent for every sum and difference of neurons that the

@@ -36,7 +36,8 @@ class CertifyResult:
     certified, correct: ``[B]`` bool. margin: ``[B]``, the best lower bound found of
     ``min_j f_y - f_j`` over the region (``-inf`` for samples that were not bounded because the
     network classifies them wrongly). seconds: wall time of the call. soundness: what the
-    certificates are good for.
+    certificates are good for. radius: ``[B]``, where asked for: radii in the units of ``x`` that are certified for
+    each sample, at least ``eps`` where that is; 0 where none is found.
     """
 
     certified: Tensor
@@ -44,6 +45,7 @@ class CertifyResult:
     margin: Tensor
     seconds: float
     soundness: str = "deployed"
+    radius: Tensor | None = None
 
     @property
     def accuracy(self) -> float:
@@ -62,6 +64,7 @@ def certify(
     *,
     cascade: bool = True,
     batch_size: int = 256,
+    radii: bool = False,
     **options: Any,
 ) -> CertifyResult:
     """Certifies the classification of every sample over its ball.
@@ -75,6 +78,8 @@ def certify(
             network classifies wrongly is not bounded. Without it every sample is bounded once, by
             ``method``.
         batch_size: samples bounded at a time.
+        radii: of ``"lipschitz"``: also look for the largest radius of every sample
+            (:func:`pycert.lipschitz.certified_radius`).
         options: as in :func:`pycert.margins`.
 
     Returns:
@@ -85,9 +90,13 @@ def certify(
             training mode, where a sample's class depends on the others.
     """
     started = time.perf_counter()
-    soundness = parse(method, options, ("method", "cascade", "batch_size"), without=("side",)).soundness
+    soundness = parse(
+        method, options, ("method", "cascade", "batch_size", "radii"), without=("side",)
+    ).soundness
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if radii and method != "lipschitz":
+        raise ValueError(f"radii are of method 'lipschitz', got {method!r}")
     region = LpBall(x, eps, p, clip)
     _check_network(bm, region)
     bm._class_rows(y, region.batch, x)
@@ -107,7 +116,33 @@ def certify(
                 found = margins(bm, ball, y[part], method=stage, **taken).amin(1)
                 margin[part] = torch.maximum(margin[part], found)
             open_samples = open_samples[~(margin[open_samples] > 0)]
-    return CertifyResult(correct & (margin > 0), correct, margin, time.perf_counter() - started, soundness)
+    certified = correct & (margin > 0)
+    radius = None
+    if radii:
+        radius = _radii(bm, region, y.to(x.device), correct, certified, batch_size, soundness)
+    return CertifyResult(certified, correct, margin, time.perf_counter() - started, soundness, radius)
+
+
+def _radii(
+    bm: BoundedModule,
+    region: LpBall,
+    y: Tensor,
+    correct: Tensor,
+    certified: Tensor,
+    batch_size: int,
+    soundness: str,
+) -> Tensor:
+    """Certified radii of the samples that are classified right."""
+    from pycert.lipschitz import certified_radius  # it needs this module's neighbours
+
+    radius = torch.where(
+        certified, region.eps.to(region.x.dtype), torch.zeros_like(region.x.flatten(1)[:, 0])
+    )
+    for part in correct.nonzero().flatten().split(batch_size):
+        if part.numel() > 0:
+            found = certified_radius(bm, region.x[part], y[part], region.p, region.clip, soundness=soundness)
+            radius[part] = torch.maximum(radius[part], found)
+    return radius
 
 
 def _check_network(bm: BoundedModule, region: LpBall) -> None:

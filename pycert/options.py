@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from pycert._groups import check_selection
+from pycert.ops.norm import EFFORTS
+from pycert.ops.norm import METHODS as NORMS
 from pycert.ops.relaxation import SLOPES
 
 #: Methods of :meth:`pycert.BoundedModule.bound`, cheapest first.
@@ -55,6 +57,8 @@ class Options:
     directions: int = 0
     cuts: Any = None
     time_limit: float | None = None
+    norms: str = "gram"
+    effort: str = "normal"
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Options))
@@ -67,6 +71,8 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ASCENT, ("alpha-crown", "krelu", "lp")),
     **dict.fromkeys(JOINT, ("krelu", "lp")),
     "time_limit": ("lp",),
+    "norms": ("lipschitz",),
+    "effort": ("lipschitz",),
 }
 #: Defaults that differ from those of ``Options``.
 _DEFAULTS: dict[str, dict[str, Any]] = {"krelu": {"iterations": 60}, "lp": {"iterations": 60, "rows": 0}}
@@ -112,6 +118,13 @@ def parse(
     _choose("soundness", options.soundness, SOUNDNESS)
     _choose("precision", options.precision, PRECISIONS)
     _choose("pooling", options.pooling, POOLINGS)
+    _choose("effort", options.effort, EFFORTS)
+    _choose("norms", options.norms, NORMS)
+    if options.norms == "power":
+        raise ValueError(
+            "norms='power' gives estimates from below, which prove nothing: bounds and certificates take norms='gram'; "
+            "for the estimate itself see pycert.lipschitz.local_bound(..., method='power')"
+        )
     if not isinstance(options.intersect, bool):
         raise ValueError(f"intersect must be True or False, got {options.intersect!r}")
     _check_ascent(options, INTERMEDIATES if method == "alpha-crown" else JOINT_INTERMEDIATES)

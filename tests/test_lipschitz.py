@@ -16,6 +16,7 @@ from lipschitz_nets import NETWORKS, balls, networks, operator_norm, trained
 from pycert import lipschitz
 from pycert.analysis import level_curves
 from pycert.cli import main, records
+from pycert.lipschitz import walk
 from pycert.lipschitz.margins import ball_box_bound
 from pycert.lipschitz.slopes import _SLOPES, largest_slope
 
@@ -128,10 +129,32 @@ def test_an_estimate_says_so():
     assert bound.sound and "upper bound" in repr(bound)
     assert not hasattr(bound * 2, "sound")  # a plain tensor
     assert not lipschitz.global_bound(bm, method="power").sound
-    with pytest.raises(ValueError, match="unknown option 'estimate'"):
-        pycert.certify(
-            bm, torch.rand(2, *shape), torch.zeros(2, dtype=torch.int64), 0.1, 2, "lipschitz", estimate=True
-        )
+    y = torch.zeros(2, dtype=torch.int64)
+    for call in (
+        lambda **options: pycert.certify(bm, region.x, y, 0.1, 2, "lipschitz", **options),
+        lambda **options: pycert.margins(bm, region, y, "lipschitz", **options),
+        lambda **options: bm.bound(region, "lipschitz", **options),
+    ):
+        call(norms="gram")
+        with pytest.raises(ValueError, match="estimates from below, which prove nothing"):
+            call(norms="power")
+    with pytest.raises(ValueError, match="option 'norms' is one of 'lipschitz', not of 'crown'"):
+        bm.bound(region, "crown", norms="gram")
+
+
+def test_certificates_take_the_effort_asked_for(monkeypatch):
+    net, shape = networks()["conv"]
+    bm = pycert.BoundedModule(net, torch.empty(1, *shape))
+    region = pycert.LpBall(torch.rand(2, *shape), 0.1, 2)
+    seen = []
+    original = walk.upper_norm
+    monkeypatch.setattr(walk, "upper_norm", lambda *given: seen.append(given[-1]) or original(*given))
+    for effort in ("normal", "high"):
+        seen.clear()
+        bm.bound(region, "lipschitz", effort=effort)
+        assert set(seen) == {effort}
+    with pytest.raises(ValueError, match="effort must be one of 'normal', 'high', got 'most'"):
+        bm.bound(region, "lipschitz", effort="most")
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -232,6 +255,21 @@ def test_radii_are_certified_and_no_smaller_than_the_global_ones():
     assert (radius >= plain * 0.99).all() and (radius > plain * 1.05).float().mean() > 0.3
 
 
+def test_certify_also_gives_radii():
+    net, x, y = trained()
+    bm = pycert.BoundedModule(net, torch.empty(1, 2))
+    assert pycert.certify(bm, x, y, 0.2, 2, "lipschitz").radius is None
+    result = pycert.certify(bm, x, y, 0.2, 2, "lipschitz", radii=True, batch_size=25)
+    assert result.radius.shape == (60,) and ((result.radius >= 0.2) | ~result.certified).all()
+    assert (result.radius[~result.correct] == 0).all() and (result.radius > 0.25).sum() > 20
+    good = result.radius > 0
+    # The radius of a sample certified at eps alone may rest on another method of the cascade.
+    again = pycert.certify(bm, x[good], y[good], result.radius[good], 2, "lipschitz")
+    assert again.certified.all()
+    with pytest.raises(ValueError, match="radii are of method 'lipschitz', got 'crown'"):
+        pycert.certify(bm, x, y, 0.2, 2, "crown", radii=True)
+
+
 def test_monotone_in_the_radius():
     net, shape = networks()["dense"]
     bm = pycert.BoundedModule(net, torch.empty(1, *shape))
@@ -326,6 +364,17 @@ def test_the_command_line_certifies_with_it(tmp_path, monkeypatch, capsys):
     found = [row["certified"] for row in records.read(tmp_path / "certify.jsonl")[1]]
     assert found == result.certified.tolist() and sum(found) > 20
     assert main([*command.split(), "--soundness", "none", "--overwrite"]) == 2
+    more = [*command.split(), "--radii", "--effort", "high", "--out", "radii.jsonl"]
+    assert main(more) == 0
+    radii = [row["radius"] for row in records.read(tmp_path / "radii.jsonl")[1]]
+    assert radii == pytest.approx(
+        pycert.certify(
+            pycert.BoundedModule(net, x[:1]), x, y, 0.2, 2, "lipschitz", radii=True
+        ).radius.tolist()
+    )
+    assert f"{sum(radii) / len(radii):.4g}" in capsys.readouterr().out
+    assert main([*more[:6], "--eps", "0.2", "--radii", "--no-plot"]) == 2
+    assert "--radii is of --method lipschitz" in capsys.readouterr().err
 
 
 def test_the_experiment_on_level_curves_runs(tmp_path):

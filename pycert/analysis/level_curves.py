@@ -6,7 +6,7 @@ Classes are a known distance apart. Networks of growing width and several 1-Lips
 GloRo loss; what the global constants certify is compared with the true distance to the network's decision
 boundary, with local constants and with interval, CROWN and alpha-CROWN bounds of the same networks, and
 between training and test points. Writes ``level_curves.json``, tables (``.md``), and a picture of
-margin level curves, the boundary moved by eps, and the certified set.
+margin level curves, the boundary moved by eps, and the certified set. The same command goes on where it was stopped.
 
 Source: Leino, "Limitations of Piecewise Linearity for Efficient Robustness Certification", 2023 (arXiv 2301.08842);
 the data sets, the choice of smooth activations and the numbers are ours.
@@ -248,7 +248,21 @@ def width_needed(rows: Rows, share: float) -> dict[str, Any]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> int:
+def write(path: Path, result: dict[str, Any]) -> None:
+    """In one move, so that being stopped never leaves half a file."""
+    path.with_suffix(".part").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".part").replace(path)
+
+
+def kept_rows(path: Path, settings: dict[str, Any]) -> Rows:
+    """What an earlier run with these settings has measured: an interrupted run goes on with it."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return found["rows"] if all(found.get(key) == value for key, value in settings.items()) else []
+
+
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -265,29 +279,37 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--no-plot", action="store_true")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser_of().parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    settings = {key: getattr(args, key) for key in ("eps", "steps", "samples", "methods")}
+    path = args.out / "level_curves.json"
+    known = kept_rows(path, settings)
     rows, nets = [], {}
     for name in args.sets:
         data = {"train": points(name, args.samples, 0), "test": points(name, args.samples // 2, 1)}
         for activation, width, seed in itertools.product(args.activations, args.widths, args.seeds):
             net = network(activation, width, seed)
-            train(net, *data["train"], args.eps, args.steps)
             row = {"set": name, "activation": activation, "width": width, "seed": seed}
-            rows.append(row | measure(net, data, args.eps, tuple(args.methods)))
+            started = time.perf_counter()
+            found = next((one for one in known if row.items() <= one.items()), None)
+            if found is None or (seed == args.seeds[0] and width == args.widths[-1]):
+                train(net, *data["train"], args.eps, args.steps)
+            if found is None:
+                found = row | measure(net, data, args.eps, tuple(args.methods))
+                found["seconds"] = time.perf_counter() - started
+            rows.append(found)
+            write(path, settings | {"rows": rows + [one for one in known if one not in rows]})
             if seed == args.seeds[0]:
                 nets[name, activation] = net
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     needed = width_needed(rows, args.share)
-    settings = {key: getattr(args, key) for key in ("widths", "eps", "steps", "seeds", "samples", "share")}
-    result = settings | {
-        "separation": SEPARATION,
-        "seconds": time.perf_counter() - started,
-        "width_needed": needed,
-        "rows": rows,
-    }
-    (args.out / "level_curves.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(
+        path, settings | {"separation": SEPARATION, "share": args.share, "width_needed": needed, "rows": rows}
+    )
     text = report(rows, args.widths, args.methods, needed, args.share)
     (args.out / "level_curves.md").write_text(f"# Level curves\n\n{settings}\n\n{text}")
     print(text)

@@ -19,7 +19,16 @@ from pycert._groups import COVERS
 from pycert._progress import progress_bar
 from pycert.cli import environment, inputs, records, report
 from pycert.cli.inputs import CommandError
-from pycert.options import ALPHAS, JOINT_INTERMEDIATES, METHODS, SOUNDNESS, TAKEN_BY, memory_bytes, parse
+from pycert.options import (
+    ALPHAS,
+    EFFORTS,
+    JOINT_INTERMEDIATES,
+    METHODS,
+    SOUNDNESS,
+    TAKEN_BY,
+    memory_bytes,
+    parse,
+)
 
 #: Options that go to some methods alone (``pycert.options.TAKEN_BY``); None is the method's own default.
 SOME_OPTIONS = (
@@ -33,6 +42,7 @@ SOME_OPTIONS = (
     "cover",
     "rows",
     "time_limit",
+    "effort",
 )
 
 EPILOG = """
@@ -115,6 +125,10 @@ def _add_bound_options(parser: argparse.ArgumentParser) -> None:
     )
     bounds.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="of lp, for a sample (default none)"
+    )
+    bounds.add_argument("--effort", choices=EFFORTS, help="of lipschitz: of its norms (default normal)")
+    bounds.add_argument(
+        "--radii", action="store_true", help="of lipschitz: also the largest radius found for every sample"
     )
     bounds.add_argument(
         "--attack", action="store_true", help="also attack by PGD: an upper limit on any certificate"
@@ -210,6 +224,8 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError(f"--p must be 1, 2 or inf, got {args.p:g}")
     if "lipschitz" in args.method and args.soundness == "none":
         raise CommandError("--method lipschitz needs --soundness real or deployed, got none")
+    if args.radii and "lipschitz" not in args.method:
+        raise CommandError("--radii is of --method lipschitz")
     if args.clip is not None and not args.clip[0] < args.clip[1]:
         raise CommandError(f"--clip LO HI needs LO < HI, got {args.clip}")
     try:
@@ -236,6 +252,7 @@ def _header(args: argparse.Namespace, net: torch.nn.Module, x: Tensor, y: Tensor
     }
     options |= {"eps": list(dict.fromkeys(args.eps)), "p": "inf" if args.p == float("inf") else args.p}
     options |= {"clip": args.clip, "methods": list(dict.fromkeys(args.method)), "device": args.device}
+    options |= {"radii": args.radii}
     options |= {"threads": torch.get_num_threads()}
     options |= {"of_methods": {method: _options_of(method, args) for method in args.method}}
     options |= {"attack": [args.attack_steps, args.attack_restarts] if args.attack else None}
@@ -291,6 +308,7 @@ def _compute(
     """The rows of one batch."""
     clip = tuple(args.clip) if args.clip is not None else None
     started = time.perf_counter()
+    radii: Tensor | None = None
     if batch.method == "pgd":
         with torch.no_grad():
             correct = net(x).argmax(1) == y
@@ -309,8 +327,10 @@ def _compute(
         options |= _options_of(batch.method, args)
         if args.memory is not None:
             options["memory"] = args.memory
+        options["radii"] = args.radii and batch.method == "lipschitz"
         result = pycert.certify(bm, x, y, eps=batch.eps, p=args.p, method=batch.method, clip=clip, **options)
         name, good, correct, margin = "certified", result.certified, result.correct, result.margin
+        radii = result.radius
     seconds = round((time.perf_counter() - started) / len(x), 7)
     finite = torch.isfinite(margin).tolist()
     return [
@@ -322,6 +342,7 @@ def _compute(
             name: proved,
             "margin": value if finite[number] else None,
             "seconds": seconds,
+            **({} if radii is None else {"radius": float(radii[number])}),
         }
         for number, (right, proved, value) in enumerate(
             zip(correct.tolist(), good.tolist(), margin.tolist(), strict=True)
@@ -366,5 +387,8 @@ def table(summary: dict[str, Any]) -> str:
     for name in methods:
         rows = [row for row in summary["rows"] if row["method"] == name]
         times.append(1000 * sum(row["seconds"] for row in rows) / sum(row["samples"] for row in rows))
+    if any("radius" in row for row in summary["rows"]):
+        found = [cells.get((name, radii[0]), {}).get("radius") for name in methods]
+        lines.append(f"{'radius':>10}" + "".join(" " * 12 if r is None else f"{r:>12.4g}" for r in found))
     lines.append(f"{'ms/sample':>10}" + "".join(f"{value:>12.3g}" for value in times))
     return "\n".join(lines)

@@ -137,6 +137,11 @@ def summarize(header: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, A
                 / len(group),
                 "samples": len(group),
                 "seconds": sum(row["seconds"] for row in group),
+                **(
+                    {"radius": sum(row["radius"] for row in group) / len(group)}
+                    if all("radius" in row for row in group)
+                    else {}
+                ),
             }
             for (method, eps), group in groups.items()
         ],

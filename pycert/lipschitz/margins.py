@@ -70,7 +70,7 @@ def bounds_of_rows(
     given = regions if isinstance(regions, tuple) else (regions,)
     p = _norm_of(given)
     deployed = options.soundness == "deployed"
-    settings = Settings(p, "gram", "normal", deployed, False)
+    settings = Settings(p, options.norms, options.effort, deployed, False)
     graph = bm.graph
     hidden, weight = last_layer(bm)
     soundness = "deployed" if deployed else "real"

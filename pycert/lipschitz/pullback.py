@@ -183,7 +183,8 @@ def composite(walk: Walk, i: int) -> tuple[int, Tensor, Tensor]:
         box = walk.boxes[leg[0]]
         assert box is not None
         ends = hypotenuse_range(*box, leg[1])
-        return leg[0], *(part.expand(walk.batch, *node.shape).flatten(1) for part in ends)
+        least, most = (part.expand(walk.batch, *node.shape).flatten(1) for part in ends)
+        return leg[0], least, most
     else:
         attrs = dict(node.attrs)
         if node.op == "prelu":

@@ -238,8 +238,10 @@ def _unmasked(operator: Operator, bound: Tensor, budget: float) -> Tensor:
     """The bound, or where it is loose a better one that the budget allows; small images under large kernels need it."""
     if _near(operator, bound):
         return bound
-    shapes = operator.output_shape, operator.input_shape
-    found = _band_bound(operator, *(operator.weight.new_ones(*shape) for shape in shapes), budget)
+    rows, columns = (
+        operator.weight.new_ones(*shape) for shape in (operator.output_shape, operator.input_shape)
+    )
+    found = _band_bound(operator, rows, columns, budget)
     return bound if found is None else torch.minimum(bound, found)
 
 
