@@ -13,6 +13,7 @@ None of this is a certificate: the norms are power-iteration estimates from belo
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from pycert.lipschitz.training import BOUNDS, propagate, warm_start_shapes
 from pycert.nn import ClippedMaxMin, ReLUTheta
+from pycert.options import free_bytes
 
 
 @dataclasses.dataclass
@@ -142,6 +144,10 @@ class WarmStarts:
         dtype: ``torch.float16`` (half the memory; the iteration mends its rounding) or ``torch.float32``.
         path: a folder; the vectors then are memory-mapped files in it instead of memory.
 
+    Raises:
+        ValueError, TypeError: ``count`` below 1, another dtype.
+        MemoryError: without ``path``, the vectors need more than is free.
+
     ``repr`` tells its size. New samples start from zeros, which :func:`pycert.ops.power_norm` replaces by random signs.
 
     Source: the store of Huang et al. 2021, section 3.1, here on the library's side.
@@ -161,7 +167,16 @@ class WarmStarts:
             raise ValueError(f"WarmStarts: count must be at least 1, got {count}")
         self.count, self.dtype = count, dtype
         self.tensors: list[Tensor] = []
-        for number, shape in enumerate(warm_start_shapes(net, example)):
+        shapes = warm_start_shapes(net, example)
+        wanted, free = count * sum(map(math.prod, shapes)) * dtype.itemsize, free_bytes()
+        if (
+            path is None and wanted > free
+        ):  # zeros cost nothing until they are written: the system would be out later
+            raise MemoryError(
+                f"WarmStarts: {wanted / 1e9:.1f} GB for {count} samples, {free / 1e9:.1f} GB are free; keep them in "
+                "files (path=), or start every batch from the vectors of the one before"
+            )
+        for number, shape in enumerate(shapes):
             if path is None:
                 self.tensors.append(torch.zeros(count, *shape, dtype=dtype))
                 continue
