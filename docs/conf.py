@@ -27,7 +27,9 @@ autodoc_default_options = {
     "show-inheritance": True,
 }
 autodoc_typehints = "description"
-autodoc_type_aliases = {"BoundedModule": "pycert.BoundedModule"}  # where the import is for type checkers alone
+autodoc_type_aliases = {
+    "BoundedModule": "pycert.BoundedModule"
+}  # where the import is for type checkers alone
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

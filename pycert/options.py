@@ -168,7 +168,7 @@ def _is_number(value: Any) -> bool:
 def memory_bytes(memory: str | float | None, device: torch.device | None = None) -> int:
     """Bytes of a ``memory=`` option: a number, or text such as ``"2GiB"``; by default a quarter of what is free."""
     if memory is None:
-        return max(2**26, _free_bytes(device) // 4)
+        return max(2**26, free_bytes(device) // 4)
     size: float
     if isinstance(memory, str):
         match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", memory)
@@ -186,7 +186,8 @@ def memory_bytes(memory: str | float | None, device: torch.device | None = None)
     return int(min(size, 2**62))
 
 
-def _free_bytes(device: torch.device | None) -> int:
+def free_bytes(device: torch.device | None = None) -> int:
+    """Memory that is free on a device, by default the processor's; 4 GiB where the system does not say."""
     if device is not None and device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free to torch
         return torch.cuda.mem_get_info(device)[0] + kept

@@ -232,6 +232,8 @@ def test_normalisation_stands_in_front_of_the_network(folder):
         (["--samples", "24"], "between 1 and the 23 samples"),
         (["--mean", "0.5"], "--mean and --std must be given together"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--x-key", "w"], "--x-key and --y-key name the inputs and the classes"),
         (["--memory", "lots"], "memory must be bytes or text such as '2GiB'"),
         (["--device", "abacus"], "--device must be cpu or cuda, got 'abacus'"),
         (["--data", "classes.npz"], "y holds class 7, but the network has 3 outputs"),
@@ -357,6 +359,12 @@ def test_a_missing_file_is_named_without_the_number_of_the_error(folder, capsys)
     command = "certify clinet:make --weights none.pt --data data.npz --scale 255 --eps 0.01"
     assert main(command.split()) == 2
     assert capsys.readouterr().err == "pycert certify: error: none.pt: No such file or directory\n"
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "profile clinet:make --input-shape 1 2 3 --eps 0.1"])
+def test_threads_are_checked_by_every_command(folder, command, capsys):
+    assert main([*command.split(), "--threads", "0"]) == 2
+    assert "--threads must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_help_lists_the_commands_and_warns_of_code(capsys):

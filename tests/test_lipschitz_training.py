@@ -197,6 +197,16 @@ def test_warm_starts_are_kept_by_sample(tmp_path):
             assert torch.allclose(warm, exact, rtol=0.06)
 
 
+def test_a_store_that_does_not_fit_is_refused_before_it_is_made(monkeypatch, tmp_path):
+    net, x = net_of("relu"), torch.rand(1, 1, 6, 6, dtype=torch.float64)
+    monkeypatch.setattr(losses, "free_bytes", lambda: 1000)
+    with pytest.raises(
+        MemoryError, match=r"WarmStarts: 0\.0 GB for 6 samples, .* keep them in files \(path=\)"
+    ):
+        losses.WarmStarts(net, x, 6)
+    assert losses.WarmStarts(net, x, 6, path=tmp_path).nbytes > 1000
+
+
 def test_what_training_does_not_cover_is_refused():
     x, y = torch.rand(2, 4), torch.zeros(2, dtype=torch.int64)
     for net, message in (

@@ -117,7 +117,9 @@ def test_links_between_pages_lead_somewhere(page):
         if "://" not in target:
             found = (page.parent / target).resolve()
             assert found.exists(), f"{page.name} links to {target}"
-            assert page.parent == ROOT or found.parent == page.parent, f"{target}: not a page of the documentation"
+            assert page.parent == ROOT or found.parent == page.parent, (
+                f"{target}: not a page of the documentation"
+            )
 
 
 def python_blocks(page: Path) -> list[str]:

@@ -168,8 +168,7 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Certify, write, summarise; 0 when complete, 130 when interrupted (the file is then resumable)."""
     _check(args)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    inputs.set_threads(args.threads)
     dtype = inputs.DTYPES[args.dtype]
     net = inputs.load_network(args, dtype).to(args.device)
     x, y = inputs.load_data(args, dtype)
@@ -197,7 +196,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before the first sample."""
-    for name, least in (("batch_size", 1), ("attack_steps", 1), ("attack_restarts", 1), ("threads", 1)):
+    for name, least in (("batch_size", 1), ("attack_steps", 1), ("attack_restarts", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pycert
 from pycert import attacks, plot, train
 from pycert._progress import progress_bar
-from pycert.cli import certify, environment
+from pycert.cli import certify, environment, inputs
 
 METHODS = ("ibp", "crown-ibp", "crown")
 RADII = (0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2)
@@ -76,8 +76,7 @@ def digits(seed: int = 0) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def run(args: argparse.Namespace) -> int:
     """Train, attack, certify; write weights, test data, history, results and the plot."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    inputs.set_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     (x_train, y_train), (x, y) = digits()
     x, y = x[: args.samples], y[: args.samples]

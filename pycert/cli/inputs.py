@@ -108,6 +108,15 @@ def load_network(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -
     return net.to(dtype).eval()
 
 
+def set_threads(threads: int | None) -> None:
+    """Let torch, and with it pycert, use as many threads; None leaves torch's own choice."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise CommandError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
 def is_onnx(network: str) -> bool:
     """Whether a network is named by an ONNX file."""
     return network.lower().endswith(".onnx")

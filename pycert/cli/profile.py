@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import pycert
-from pycert.cli.inputs import DTYPES, CommandError, load_network, number
+from pycert.cli.inputs import DTYPES, CommandError, load_network, number, set_threads
 from pycert.options import METHODS, SOUNDNESS
 
 
@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.device.split(":")[0] == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: this torch sees no GPU (`pycert doctor` says more)")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     dtype = DTYPES[args.dtype]
     net = load_network(args, dtype).to(args.device)
     samples = _samples(args, dtype).to(args.device)

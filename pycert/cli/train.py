@@ -112,8 +112,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train and save the state dict."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    inputs.set_threads(args.threads)
     if (args.network is None) != (args.data is None):
         raise CommandError("--network and --data must be given together (or neither, for the demo's)")
     args.samples = None

@@ -16,11 +16,21 @@ def worst_case_loss(margins: Tensor, reduction: str = "mean") -> Tensor:
     """Cross entropy of the logits ``[0, -margins]`` for class 0.
 
     Since ``margins`` are lower bounds of ``f_y - f_j``, this is an upper bound of the cross entropy at every
-    point of the region (Wong and Kolter, ICML 2018, theorem 2).
+    point of the region.
 
     Args:
         margins: ``[B, K - 1]`` as from :func:`pycert.margins`.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (``[B]``).
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A number, or ``[B]`` without reduction, in nats and the dtype of ``margins``.
+
+    Raises:
+        ValueError: another reduction.
+
+    Soundness: none of its own rounding errors. Gradient: with respect to ``margins``.
+    Source: Wong and Kolter, "Provable Defenses against Adversarial Examples via the Convex Outer Adversarial
+    Polytope", ICML 2018, theorem 2.
     """
     logits = functional.pad(-margins, (1, 0))
     return functional.cross_entropy(
@@ -33,10 +43,18 @@ def mixed_margins(bm: Any, region: Any, y: Tensor, method: str = "crown-ibp", be
 
     Bounds are those for training: not intersected and without rounding charges, which autograd does not see.
 
+    Args:
+        bm, region, y, method: as in :func:`pycert.margins`.
+        beta: weight of ``method``, in [0, 1].
+
     Returns:
         ``[B, K - 1]`` lower bounds of ``f_y - f_j``, differentiable. A mean of two lower bounds is one as
         well.
 
+    Raises:
+        ValueError: ``beta`` outside [0, 1]; as in :func:`pycert.margins`.
+
+    Soundness: none of its own rounding errors (``soundness="none"``).
     Source: Zhang et al., "Towards Stable and Efficient Training of Verifiably Robust Neural Networks"
     (CROWN-IBP), ICLR 2020.
     """
@@ -64,6 +82,14 @@ def certified_loss(
         method: a bound method, say ``"ibp"`` or ``"crown-ibp"``.
         beta: share of ``method``; the rest is interval bounds (see :func:`mixed_margins`).
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A number, or ``[B]`` without reduction, in nats; differentiable.
+
+    Raises:
+        ValueError: ``beta`` outside [0, 1], another reduction; as in :func:`pycert.margins`.
+
+    Soundness: none of its own rounding errors (``soundness="none"``): a loss to train with, not a certificate.
 
     Example:
         >>> loss = pycert.train.certified_loss(bm, pycert.LpBall(x, 0.1, clip=(0, 1)), y, "crown-ibp")
@@ -113,6 +139,10 @@ def initialize_for_ibp(net: nn.Module, seed: int = 0) -> None:
     Weights become ``N(0, sqrt(2 pi) / fan_in)`` (standard deviation), biases 0: the width of an interval then
     keeps its size through an affine layer and a ReLU on average. The last such layer keeps the weights it
     has.
+
+    Args:
+        net: changed in place; what is no Linear, Conv1d or Conv2d stays as it is.
+        seed: of the weights.
 
     Source: Shi et al., "Fast Certified Robust Training with Short Warmup", NeurIPS 2021, section 3.2.
     """

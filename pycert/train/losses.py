@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from pycert.lipschitz.training import BOUNDS, propagate, warm_start_shapes
 from pycert.nn import ClippedMaxMin, ReLUTheta
+from pycert.options import free_bytes
 
 
 @dataclasses.dataclass
@@ -150,6 +151,10 @@ class WarmStarts:
             are there already are taken over: a run that is resumed goes on with them.
         local_layers: as in :func:`worst_logits`; a layer that is not among them has one vector for all samples.
 
+    Raises:
+        ValueError, TypeError: ``count`` below 1, another dtype.
+        MemoryError: without ``path``, the vectors need more than is free.
+
     ``repr`` tells its size. New samples start from zeros, which :func:`pycert.ops.power_norm` replaces by random signs.
 
     Source: the store of Huang et al. 2021, section 3.1, here on the library's side.
@@ -171,11 +176,17 @@ class WarmStarts:
         self.count, self.dtype = count, dtype
         shapes = warm_start_shapes(net, example)
         self.per_sample = [local_layers is None or k in local_layers for k in range(len(shapes))]
-        self.tensors = [
-            self._tensor(
-                None if path is None else Path(path) / f"layer{k}.bin", (count if own else 1, *shape)
+        sizes = [(count if own else 1, *shape) for shape, own in zip(shapes, self.per_sample)]
+        wanted, free = sum(map(math.prod, sizes)) * dtype.itemsize, free_bytes()
+        # Zeros cost nothing until they are written: the system would be out of memory later.
+        if path is None and wanted > free:
+            raise MemoryError(
+                f"WarmStarts: {wanted / 1e9:.1f} GB for {count} samples, {free / 1e9:.1f} GB are free; keep them in "
+                "files (path=), or start every batch from the vectors of the one before"
             )
-            for k, (shape, own) in enumerate(zip(shapes, self.per_sample))
+        self.tensors = [
+            self._tensor(None if path is None else Path(path) / f"layer{k}.bin", size)
+            for k, size in enumerate(sizes)
         ]
 
     def _tensor(self, path: Path | None, shape: tuple[int, ...]) -> Tensor:
