@@ -55,7 +55,7 @@ endif
 $(TORCH_STAMP): $(STAMPS)/venv
 	@if [ -n "$(KEEP_TORCH)" ] && $(PY) -c 'import torch' 2>/dev/null; then \
 	  printf '==> using torch %s, which is installed\n' "$$($(PY) -c 'import torch; print(torch.__version__)')"; \
-	else printf '==> installing $(TORCH)\n' && $(PIP) '$(TORCH)' numpy; fi
+	else printf '==> installing $(TORCH), a large download\n' && $(PIP) '$(TORCH)' numpy; fi
 	@rm -f $(STAMPS)/torch-is-* && touch '$@'
 
 # One stamp an extra: the demo does not wait for Sphinx.
