@@ -15,6 +15,8 @@ STYLES = {
     "fastlin": ("#D55E00", "v"),
     "forward": ("#CC79A7", "D"),
     "lipschitz": ("#F0E442", "X"),
+    "krelu": ("#882255", "*"),
+    "lp": ("#332288", "d"),
 }
 
 
