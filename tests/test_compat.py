@@ -620,6 +620,12 @@ def test_install_serves_unchanged_scripts(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("arguments one two")
+    script.write_text("import auto_LiRPA.nowhere")
+    absent = subprocess.run(command[:4], capture_output=True, text=True)
+    assert absent.returncode == 1
+    assert absent.stderr.splitlines()[-1].endswith(
+        "auto_LiRPA.nowhere has no counterpart in pycert; docs/auto_lirpa.md says what is covered"
+    )
     missing = subprocess.run([*command[:3], "nowhere.py"], capture_output=True, text=True)
     assert missing.returncode == 2
     assert "no such script" in missing.stderr
