@@ -94,6 +94,7 @@ class BoundedModule(nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
         self.net = net
         self.graph: Graph = trace(net, example)
+        self._traced = _modules_of(net)
         self._prepare()
 
     @classmethod
@@ -101,7 +102,7 @@ class BoundedModule(nn.Module):
         """A bounded module of a graph that is there already, as a part of another's is."""
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.net, made.graph = net, graph
+        made.net, made.graph, made._traced = net, graph, []
         made._prepare()
         return made
 
@@ -399,6 +400,7 @@ class BoundedModule(nn.Module):
 
     def _tensors(self) -> list[Tensor]:
         self.graph.check()
+        self._check_modules()
         with _flags.no_autocast():
             tensors = self.graph.tensors()
         for slot, value in zip(self.graph.slots, tensors, strict=True):
@@ -407,6 +409,20 @@ class BoundedModule(nn.Module):
         if not all(math.isfinite(tensors[i].detach().sum().item()) for i in self._hidden):
             self._diagnose(tensors)
         return tensors
+
+    def _check_modules(self) -> None:
+        """The trace reads the modules that it has met: bounds of a network without them would be another's."""
+        if not self._traced:
+            return
+        now = _modules_of(self.net)
+        if len(now) == len(self._traced) and all(a is b for a, b in zip(now, self._traced, strict=True)):
+            return
+        known = {id(module) for module in self._traced}
+        new = [path for path, module in self.net.named_modules() if id(module) not in known]
+        what = f"'{new[0]}' is new" if new else "some are gone or have moved"
+        raise RuntimeError(
+            f"modules have changed since the network was traced ({what}): make a new BoundedModule"
+        )
 
     def _native(
         self,
@@ -538,6 +554,17 @@ class BoundedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.graph.nodes)} operators"
+
+
+def _modules_of(net: nn.Module) -> list[nn.Module]:
+    """A network and all below it, each once."""
+    found, seen = [net], {id(net)}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
 
 
 def _check_device(device: torch.device) -> None:

@@ -479,3 +479,18 @@ def test_registered_activations_are_one_operator(x):
     assert graph.nodes[2].attrs == {"name": "cubic_for_tracing"}
     assert_agree(graph, net, x[:, 0, 0])
     assert_agree(pickle.loads(pickle.dumps(graph)), net, x[:, 0, 0])
+
+
+def test_replaced_added_and_removed_modules_are_refused():
+    def refused(change, match):
+        net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        bm, region = pycert.BoundedModule(net, torch.empty(1, 2)), pycert.LpBall(torch.zeros(1, 2), eps=1.0)
+        bm.bound(region)
+        change(net)
+        with pytest.raises(RuntimeError, match=match):
+            bm.bound(region)
+
+    refused(lambda net: net.__setitem__(0, nn.Linear(2, 3)), "'0' is new")
+    refused(lambda net: net.__setitem__(1, nn.Tanh()), "'1' is new")
+    refused(lambda net: net.append(nn.ReLU()), "'3' is new")
+    refused(lambda net: net.__delitem__(2), "some are gone")
