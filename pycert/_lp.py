@@ -313,6 +313,8 @@ def bound_rows(
         cuts = cuts._with(parsed.cuts)
     given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
     best = krelu.ascended(bm, regions, rows, given, boxes, cuts, return_linear)
+    if not any(node.op == "relu" for node in bm.graph.nodes[: bm.graph.output + 1]):
+        return best  # nothing is relaxed
     plain = dataclasses.replace(given, iterations=0)
     first = _solve_all(bm, regions, rows, parsed, boxes, cuts, best)
     every = cuts._with(box_rows(bm, boxes))
