@@ -300,6 +300,8 @@ def bound_rows(
         cuts = cuts._with(parsed.cuts)
     given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
     best = krelu.ascended(bm, regions, rows, given, boxes, cuts, return_linear)
+    if not any(node.op == "relu" for node in bm.graph.nodes[: bm.graph.output + 1]):
+        return best  # nothing is relaxed
     plain = dataclasses.replace(given, iterations=0)
     maps = affine_maps(bm)
     first = _solve_all(bm, maps, regions, rows, parsed, boxes, cuts, best)

@@ -542,8 +542,13 @@ class BoundedModule(nn.Module):
         return table, source, classes - 1
 
     def _excludes(self, soundness: str, like: Tensor) -> tuple[str, ...]:
-        if soundness != "deployed":
+        if soundness == "none":
             return ()
+        of_batch: tuple[str, ...] = ()
+        if any(norm.training for norm in self.graph.batch_norms):
+            of_batch = ("BatchNorm in training mode: statistics other than those of this batch",)
+        if soundness != "deployed":
+            return of_batch
         found = _flags.uncovered(like.device.type, like.dtype, self._convolves)
         if found and _flags.warn_once(found):
             warnings.warn(
@@ -552,7 +557,7 @@ class BoundedModule(nn.Module):
                 + " (see `pycert doctor`)",
                 stacklevel=4,
             )
-        return found
+        return found + of_batch
 
     def _diagnose(self, tensors: list[Tensor]) -> None:
         """Names the layer whose weights made a result infinite; an overflow leaves infinite bounds."""

@@ -720,3 +720,12 @@ def test_uncovered_executions_are_warned_of_once_and_reported(bm, ball, monkeypa
     assert first.soundness == "deployed" and real.soundness == "real" and real.excludes == ()
     monkeypatch.setattr(_flags, "nnpack_enabled", lambda: False)
     assert bm.bound(ball).excludes == ()
+
+
+def test_bounds_with_statistics_of_a_batch_say_so():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    bm, region = pycert.BoundedModule(net, torch.empty(1, 3)), pycert.LpBall(torch.randn(4, 3), eps=0.1)
+    for soundness in ("real", "deployed"):
+        assert any("training mode" in text for text in bm.bound(region, soundness=soundness).excludes)
+    net.eval()
+    assert not any("training mode" in text for text in bm.bound(region).excludes)

@@ -174,3 +174,11 @@ def test_cuts_of_the_caller_are_rows():
     cuts = krelu.CutSet(bm)
     cuts.add_cuts("0", torch.zeros(1, 2), torch.tensor([[-1.0, 0.0]]), -torch.ones(1))  # x1 <= -1
     assert bm.bound(region, "lp", side="lower", cuts=cuts).lower.item() == pytest.approx(-2, abs=1e-4)
+
+
+def test_a_network_without_relu_has_its_exact_bounds():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    region = pycert.LpBall(torch.zeros(2, 3, dtype=torch.float64), eps=0.5)
+    bm = pycert.BoundedModule(net, region.x)
+    for found, expected in zip(bm.bound(region, method="lp"), bm.bound(region, method="crown"), strict=True):
+        torch.testing.assert_close(found, expected)
