@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nets import Apply
 from pycert import BoundedModule, LpBall, margins
 
 INF = math.inf
@@ -66,6 +67,17 @@ def test_no_finite_bound_hides_an_undefined_value(first, second, mixed):
             y = net(region.x[1])
             assert bounds.lower[1].isfinite().all() and bounds.upper[1].isfinite().all()
             assert (bounds.lower[1] <= y).all() and (y <= bounds.upper[1]).all()
+
+
+@pytest.mark.parametrize("method", METHODS[:5])
+def test_kinks_at_the_output_hide_nothing(method):
+    """relu and abs of NaN are NaN, and not at least 0."""
+    region = LpBall(torch.tensor([[-0.5, 3.0]]), eps=1.0)
+    for kink in (torch.relu, torch.abs):
+        bounds = BoundedModule(Apply(lambda self, x, f=kink: f(torch.log(x))), torch.ones(1, 2)).bound(
+            region, method
+        )
+        assert (bounds.lower == -INF).all() and (bounds.upper == INF).all()
 
 
 @pytest.mark.parametrize("name", ["sin", "cos", "softsign"])
