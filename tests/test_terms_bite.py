@@ -227,6 +227,38 @@ def dust_added_to_a_large_bias_under_back_substitution() -> bool:
     return outside(bound(net, point(x), "crown", "deployed"), rational(torch.from_numpy(executed)).flatten())
 
 
+class Sum(nn.Module):
+    """The sum of two layers of one input, the second of which is zero, in either order; then what follows."""
+
+    def __init__(self, layer: nn.Module, zero: nn.Module, first: bool, then: nn.Module) -> None:
+        super().__init__()
+        nn.init.zeros_(zero.weight)
+        self.layers, self.first, self.then = nn.ModuleList([layer, zero]), first, then
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = (layer(x) for layer in self.layers)
+        return self.then(one + other if self.first else other + one)
+
+
+@example("backsub_deployed", idle=("backsub_own",))
+def dust_lost_by_a_layer_that_an_addition_reads() -> bool:
+    """Such a layer is charged together with the addition and the activation behind it."""
+    x = one_and_dust(512)
+    ones = linear(torch.ones(1, 512))
+    executed = ordered_product(ones.weight.detach().numpy(), x.numpy(), None, "forward")
+    value = rational(torch.from_numpy(executed)).flatten()
+    behind = (nn.Identity(), nn.Sequential(nn.ReLU(), linear(torch.ones(1, 1))))
+    found = {
+        outside(
+            bound(Sum(ones, linear(torch.ones(1, 512)), first, then), point(x), "crown", "deployed"), value
+        )
+        for first in (True, False)
+        for then in behind
+    }
+    assert len(found) == 1, "some of them escape"
+    return found.pop()
+
+
 @example("backsub_own")
 def rounding_of_back_substitution_through_convolutions() -> bool:
     generator = torch.Generator().manual_seed(6)

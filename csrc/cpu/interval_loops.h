@@ -154,8 +154,11 @@ void add(const AddArgs<T>& a) {
 template <typename T>
 void linf_ball(const BallArgs<T>& a) {
   at::parallel_for(0, a.batch * a.count, 16384, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      linf_box(a.centre[i], a.eps[i / a.count], a.low, a.high, a.lower[i], a.upper[i]);
+    for (int64_t i = begin; i < end;) {
+      const int64_t sample = i / a.count, last = std::min(end, (sample + 1) * a.count);
+      const T eps = a.eps[sample];  // one division for all elements of a sample, whose loop then vectorises
+      for (; i < last; ++i) linf_box(a.centre[i], eps, a.low, a.high, a.lower[i], a.upper[i]);
+    }
   });
 }
 

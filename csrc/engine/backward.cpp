@@ -19,6 +19,7 @@
 #include <cmath>
 #include <limits>
 
+#include "engine/joined.h"
 #include "ops/choices.h"
 #include "ops/record.h"
 #include "ops/testing.h"
@@ -297,8 +298,10 @@ void Walk::step(int64_t i, Rows rows) {
       constants(i, rows, centred_ ? Tensor() : spread(node, context_.term_of(node)), context_.charge(i, centred_));
       return give(node.inputs[0], std::move(rows));
     case Op::Add: {
-      constants(i, rows, {}, context_.charge(i, centred_));
+      if (!done) constants(i, rows, {}, context_.charge(i, centred_));
+      rows.charged = centred_ && joins(context_.program(), node, 0);
       Rows second = rows;
+      second.charged = centred_ && joins(context_.program(), node, 1);
       if (node.sign < 0) {
         if (second.unit())
           second.scale = second.scale.defined() ? -second.scale : at::full({1}, -1.0, context_.tensor_options());
@@ -536,10 +539,12 @@ void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
   const Node& node = context_.program().node(input);
   if (can_decide(activation, input, rows)) decide(activation, rows);
   if (any_needs_grad(rows.data)) rows = own(input, std::move(rows));
-  // The affine node that feeds the activation alone is charged in the same pass over the rows.
-  const bool fuse = (node.op == Op::Linear || node.op == Op::Conv) && node.consumers.size() == 1 && !stops(input) &&
-                    pending_[size_t(input)].empty() && !any_needs_grad(context_.bias(node));
-  const Tensor bias = fuse ? bias_of(input) : Tensor();
+  // The affine node that feeds the activation alone is charged in the same pass over the rows; so is an addition whose
+  // values are followed less their centres, and so add no constants.
+  const bool mixes = node.op == Op::Linear || node.op == Op::Conv;
+  const bool fuse = (mixes || (node.op == Op::Add && centred_)) && node.consumers.size() == 1 && !stops(input) &&
+                    pending_[size_t(input)].empty() && !(mixes && any_needs_grad(context_.bias(node)));
+  const Tensor bias = fuse && mixes ? bias_of(input) : Tensor();
   Tensor charge = context_.relax_charge(input, fuse, centred_), lower_row;
   RowIndex index = index_;
   if (slopes_ != nullptr && slopes_->tables.count(activation) > 0) {

@@ -431,7 +431,7 @@ BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec) {
 
 BoundsResult output_bound(Context& context, const Spec& spec) { return walk_output(context, spec, false, false); }
 
-BoundsResult Context::bound(const std::optional<Spec>& spec) {
+BoundsResult Context::bound_where_defined(const std::optional<Spec>& spec) {
   const int64_t output = program_.output();
   if (options_.method == Method::Forward) return forward_bound(*this, spec);
   const bool ibp = options_.method == Method::Ibp;
@@ -463,7 +463,10 @@ std::vector<std::pair<int64_t, Box>> Context::layer_bounds() {
   if (program_.preactivations().empty()) return out;
   whole_boxes_ = true;
   propagate(program_.preactivations().back());
-  for (int64_t i : program_.preactivations()) out.emplace_back(i, box(i));
+  for (int64_t i : program_.preactivations()) {
+    const auto& [lower, upper] = box(i);
+    out.emplace_back(i, Box{where_defined(lower, i, -1), where_defined(upper, i, 1)});
+  }
   return out;
 }
 

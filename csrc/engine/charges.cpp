@@ -6,6 +6,7 @@
 #include <ATen/ops/stack.h>
 
 #include "engine/context.h"
+#include "engine/joined.h"
 #include "ops/charge.h"
 #include "ops/convolution.h"
 #include "ops/testing.h"
@@ -161,6 +162,7 @@ Tensor Context::charge(int64_t i, bool centred) {
   if (!sound()) return {};
   auto [found, fresh] = charges_.try_emplace(2 * i + (centred ? 1 : 0));
   if (!fresh) return found->second;
+  Tensor& kept = found->second;  // stays where it is when charges of other nodes are added
   at::NoGradGuard no_grad;
   const Node& node = program_.node(i);
   const auto roundings = [&](double own, double network) {
@@ -197,6 +199,8 @@ Tensor Context::charge(int64_t i, bool centred) {
       e = absolute(i) * roundings(0, 2);
       if (node.roundings > 0)
         e = e + (absolute(node.inputs[0]) + absolute(node.inputs[1])) * roundings(0, node.roundings);
+      for (size_t j : {0, 1})
+        if (centred && joins(program_, node, j)) e = (e + this->charge(node.inputs[j], true)) * (1 + 1e-6);
       break;
     case Op::Sum: {
       const int64_t terms = program_.node(node.inputs[0]).shape.back();
@@ -244,7 +248,7 @@ Tensor Context::charge(int64_t i, bool centred) {
     e = e.defined() ? e + rest : rest;
   }
   if (e.defined()) e = e.contiguous();
-  found->second = e;
+  kept = e;
   return e;
 }
 

@@ -139,6 +139,9 @@ class Context {
   bool converts() const { return convert_; }  // parameters of another dtype, as they are used
   const Tensor& given(const Node& node, size_t i) const { return params_[size_t(node.params[i])]; }
 
+  // undefined.cpp
+  void find_undefined(int64_t i);  // whether node i may have no value, from the boxes of its inputs
+
   // relax.cpp
   const Lines& lines(int64_t activation);  // of an elementwise activation
   const Lines& relu_lines(int64_t value);  // of relu at a value (max2, min2)
@@ -188,6 +191,8 @@ class Context {
   const Lines& flattest_lines(int64_t activation);
   Tensor moved_intercept(int64_t activation, const Tensor& slope, const Tensor& intercept, const Tensor& sample,
                          double sign);
+  BoundsResult bound_where_defined(const std::optional<Spec>& spec);
+  Tensor where_defined(const Tensor& t, int64_t i, double sign) const;
   Context& by_rule();  // the same call without ascent
   void intersect_with_rule(int64_t i);
   Box custom_step(const Node& node, const Box& in);
@@ -220,6 +225,7 @@ class Context {
   int64_t done_ = 0;
   std::vector<std::array<Tensor, 2>> statistics_;  // of BatchNorms in training: mean, variance
   std::vector<Tensor> centres_;
+  std::unordered_map<int64_t, Tensor> undefined_;  // [B] bool: samples where a node may have no value
   std::unique_ptr<Context> by_rule_;
   std::unordered_map<int64_t, Lines> lines_, relu_lines_, flattest_lines_, centred_lines_;
   std::unordered_map<int64_t, PoolLines> pool_lines_, centred_pool_lines_;

@@ -416,6 +416,7 @@ void Context::propagate(int64_t last, bool forget) {
     }
     const record::Layer layer(device(), node.label, "intervals");
     boxes_[size_t(i)] = interval_step(i);
+    find_undefined(i);
     if (forget &&
         !ball) {  // plain intervals: a box is read by its consumers alone, and its memory serves the next ones
       for (int64_t input : node.inputs)

@@ -358,6 +358,7 @@ BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
     c_.options().interrupt();
     const record::Layer layer(c_.device(), c_.program().node(int64_t(i)).label, "forward lines");
     Box box = c_.interval_step(i);
+    c_.find_undefined(i);
     c_.set_box(i, box);
     const Node& node = program.node(i);
     step(i);

@@ -4,6 +4,8 @@
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/full.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -163,6 +165,15 @@ const Program& Program::on(c10::Device device) const {
   return *copy;
 }
 
+namespace {
+
+bool has(const std::vector<Node>& nodes, std::initializer_list<Op> ops) {
+  return std::any_of(nodes.begin(), nodes.end(),
+                     [&](const Node& node) { return std::find(ops.begin(), ops.end(), node.op) != ops.end(); });
+}
+
+}  // namespace
+
 Program::Program(std::vector<Node> nodes, int64_t output)
     : nodes_(std::move(nodes)), output_(output), copies_(std::make_shared<Copies>()) {
   TORCH_CHECK_VALUE(output_ >= 0 && output_ < int64_t(nodes_.size()), "Program: output must be one of ", nodes_.size(),
@@ -174,6 +185,10 @@ Program::Program(std::vector<Node> nodes, int64_t output)
   }
   for (size_t i = 0; i < nodes_.size(); ++i)
     if (relaxed_by_[i] && nodes_[i].depends_on_input) preactivations_.push_back(int64_t(i));
+  narrows_ = has(nodes_, {Op::Sigmoid, Op::Tanh, Op::Clamp, Op::Softsign, Op::Sin, Op::Cos, Op::Exp, Op::Reciprocal,
+                          Op::Limit, Op::Custom}) ||
+             (has(nodes_, {Op::Max2}) && has(nodes_, {Op::Min2}));
+  leaves_domains_ = has(nodes_, {Op::Log, Op::Sqrt, Op::Reciprocal});
 }
 
 void Program::check(const Node& node, int64_t position) const {

@@ -121,6 +121,9 @@ class Program : public std::enable_shared_from_this<Program> {
   // max2, min2.
   const std::vector<int64_t>& preactivations() const { return preactivations_; }
   bool is_preactivation(int64_t i) const { return relaxed_by_[size_t(i)]; }
+  // Some operator has finite bounds for inputs that have none; some operator is not defined everywhere.
+  bool narrows() const { return narrows_; }
+  bool leaves_domains() const { return leaves_domains_; }
   // Which of the nodes 0..node the value of `node` depends on, itself included.
   std::vector<bool> before(int64_t node) const;
   // The same program with its index tensors on the device; made once.
@@ -131,6 +134,7 @@ class Program : public std::enable_shared_from_this<Program> {
   void derive(Node& node, int64_t position);
   std::vector<Node> nodes_;
   int64_t output_, input_count_ = 0;
+  bool narrows_ = false, leaves_domains_ = false;
   std::vector<int64_t> preactivations_;
   std::vector<bool> relaxed_by_;
   c10::Device device_{c10::kCPU};
