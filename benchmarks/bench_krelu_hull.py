@@ -118,17 +118,16 @@ def box_of(octahedron: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---- programs --------------------------------------------------------------------------------------------------------
 
 
+def octahedron_rows(octahedron: np.ndarray) -> np.ndarray:
+    """What a program that passes one group at a time calls: rows (b, a) -> rows (b, a, c)."""
+    return pycert.ops.octahedron_hull(torch.from_numpy(octahedron)).numpy()
+
+
 def of_pycert(**options: Any) -> Hull:
     def prepare(octahedron: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> Callable[[], np.ndarray]:
-        group = torch.from_numpy(octahedron)[None]
-        A, b = group[..., 1:].contiguous(), group[..., 0].contiguous()
-        ends = torch.from_numpy(lower)[None], torch.from_numpy(upper)[None]
-
-        def call() -> np.ndarray:
-            rows, count = pycert.ops.krelu_hull(*ends, A, b, **options)
-            return rows[0, : int(count[0])].numpy()
-
-        return call
+        if not options:
+            return lambda: octahedron_rows(octahedron)
+        return lambda: pycert.ops.octahedron_hull(torch.from_numpy(octahedron), **options).numpy()
 
     return prepare
 

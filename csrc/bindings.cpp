@@ -16,6 +16,7 @@
 #include "engine/context.h"
 #include "ops/choices.h"
 #include "ops/device.h"
+#include "ops/krelu.h"
 #include "ops/record.h"
 #include "ops/testing.h"
 
@@ -367,6 +368,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   });
   m.def("untested_cuda_kernels", &untested_cuda_kernels, "CUDA kernels that never ran on a GPU");
+  m.def("octahedron_hull", &octahedron_hull, py::arg("octahedron"), py::arg("room"), py::arg("pivots"),
+        py::call_guard<py::gil_scoped_release>());
   using Way = std::tuple<std::string, bool, std::array<int64_t, 3>, double, double>;
   m.def("set_choices", [](const std::string& device, const std::vector<Way>& all) {
     std::vector<MeasuredWays> measured;

@@ -25,3 +25,14 @@ def test_figures_of_pairs():
     assert row["largest violation"] < 1e-15
     assert 0 < row["us in a batch"]
     assert 0 < row["p10"] <= row["us a group"] <= row["p90"]
+
+
+def test_rows_of_one_group_as_other_programs_ask_for_them():
+    limit = bench.groups(3, 4)[3]
+    octahedron = np.column_stack([limit, -bench.directions(3)])
+    rows = bench.octahedron_rows(octahedron)
+    assert rows.dtype == np.float64
+    assert rows.shape[1] == 7
+    np.testing.assert_array_equal(rows[:26, :4], octahedron)
+    vertices = bench.exact_vertices(limit)
+    assert (rows[:, :1] + rows[:, 1:] @ vertices.T).min() > -1e-12

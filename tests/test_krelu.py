@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -186,6 +188,54 @@ def test_results_do_not_depend_on_the_batch():
         np.testing.assert_array_equal(rows[g, : count[g]].numpy(), hull_of(many[g]))
 
 
+def test_rows_come_in_the_documented_order():
+    """Octahedron, then an unstable neuron, one that is off, an identity; then what couples them."""
+    rng = np.random.default_rng(4)
+    points = rng.uniform(-1, 1, (30, 3)) @ rng.standard_normal((3, 3))
+    points[:, 1] -= 9
+    limit = (directions(3) @ points.T).max(1)
+    lower, upper = box_of(limit)
+    arguments = [
+        torch.tensor(t)[None] for t in (lower, upper, -directions(3)[::-1].copy(), limit[::-1].copy())
+    ]
+    rows, count = pycert.ops.krelu_hull(*arguments, identity=torch.tensor([[False, False, True]]))
+    H = rows[0, : count[0]].numpy()
+    np.testing.assert_array_equal(H[:26, 0], limit)
+    np.testing.assert_array_equal(H[:26, 1:4], -directions(3))
+    slope = upper[0] / (upper[0] - lower[0])
+    neurons = np.zeros((5, 7))
+    neurons[[0, 1, 3], [4, 4, 5]] = 1
+    neurons[1, 1] = -1
+    neurons[2, [0, 1, 4]] = -slope * lower[0], slope, -1
+    neurons[4, 5] = -1
+    neurons[3:4, 5] = 1
+    np.testing.assert_allclose(H[26:31], neurons, rtol=1e-14, atol=1e-300)
+    assert len(H) > 31
+    assert (H[31:, 6] == 0).all()
+    assert (np.abs(H[31:, 4:6]).max(1) > 0).all()
+
+
+def test_a_budget_keeps_the_rows_that_cut_deepest():
+    limit = limits(np.random.default_rng(8), "cloud", 3)
+    lower, upper = box_of(limit)
+    point = np.concatenate([lower / 2 + upper / 2, upper / 2])
+    points = torch.tensor(point)[None, None]
+    every = hull_of(limit, points=points)[35:]
+    few = hull_of(limit, points=points, max_rows=5)[35:]
+    value = np.sort(every[:, 0] + every[:, 1:] @ point)
+    np.testing.assert_array_equal(few[:, 0] + few[:, 1:] @ point, value[:5])
+    assert value[0] < 0 < value[-1]
+
+
+def test_threads_do_not_disturb_each_other():
+    rng = np.random.default_rng(6)
+    groups = [limits(rng, "cloud", int(k)) for k in rng.integers(2, 4, 24)]
+    alone = [hull_of(limit) for limit in groups]
+    with ThreadPoolExecutor(6) as pool:
+        for rows, expected in zip(pool.map(hull_of, groups), alone, strict=True):
+            np.testing.assert_array_equal(rows, expected)
+
+
 def test_a_point_that_is_asked_for_is_cut_off():
     limit = limits(np.random.default_rng(8), "cloud", 4)
     lower, upper = box_of(limit)
@@ -207,6 +257,47 @@ def test_what_is_not_finite_is_left_out(bad):
     exact = limit.copy()
     exact[[0, 12, 20]] = 10 * np.abs(limit).sum()
     assert ExactHull(exact).violated(rows) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_one_octahedron_alone_has_the_rows_of_a_batch(k, dtype):
+    rng = np.random.default_rng(k)
+    for family in FAMILIES:
+        limit = as_dtype(limits(rng, family, k), dtype)
+        octahedron = torch.tensor(np.column_stack([limit, -directions(k)]), dtype=dtype)
+        shuffled = octahedron[torch.from_numpy(rng.permutation(len(limit)))].requires_grad_()
+        rows = pycert.ops.octahedron_hull(shuffled)
+        assert not rows.requires_grad
+        np.testing.assert_array_equal(rows.double().numpy(), hull_of(limit, dtype))
+        few = pycert.ops.octahedron_hull(octahedron, max_rows=2, pivots=10)
+        np.testing.assert_array_equal(few.double().numpy(), hull_of(limit, dtype, max_rows=2, pivots=10))
+
+
+def test_one_octahedron_may_lack_directions_but_no_end():
+    octahedron = torch.tensor([[2.0, 1, 0], [2, -1, 0], [2, 0, 1], [2, 0, -1], [2, -1, -1]])
+    rows = pycert.ops.octahedron_hull(octahedron)
+    box, A, b = torch.full((1, 2), 2.0), octahedron[None, :, 1:], octahedron[None, :, 0]
+    expected, count = pycert.ops.krelu_hull(-box, box, A, b)
+    assert torch.equal(rows, expected[0, : count[0]])
+    for wrong, message in [
+        (octahedron[1:], "every neuron, but neuron 0 has no finite lower end"),
+        (octahedron[:3], "every neuron, but neuron 1 has no finite upper end"),
+        (torch.where(octahedron == 2, torch.nan, octahedron), "neuron 0 has no finite lower end"),
+        (octahedron * 0.5, "A must hold -1, 0 and 1 only"),
+        (octahedron[0], r"octahedron must be \[rows, 1 \+ k\] with k from 1 to 4"),
+        (torch.zeros(3, 6), r"octahedron must be \[rows, 1 \+ k\] with k from 1 to 4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pycert.ops.octahedron_hull(wrong)
+    with pytest.raises(ValueError, match="max_rows must not be negative"):
+        pycert.ops.octahedron_hull(octahedron, max_rows=-1)
+    with pytest.raises(TypeError, match="octahedron_hull"):
+        pycert.ops.octahedron_hull(octahedron.half())
+    with pytest.raises(TypeError, match="octahedron must be a tensor, got ndarray"):
+        pycert.ops.octahedron_hull(octahedron.numpy())
+    with pytest.raises(TypeError, match="pivots must be an integer"):
+        pycert.ops.octahedron_hull(octahedron, pivots=1.5)
 
 
 def test_gradients_are_refused():

@@ -21,6 +21,7 @@
 #include "core/random.h"
 #include "core/relaxation_lines.h"
 #include "cpu/kernels.h"
+#include "cpu/maximum.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
@@ -42,6 +43,7 @@ inline double multiply_add(double a, double b, double c) { return __builtin_fma(
 #include "cpu/krelu_simplex.h"
 #include "cpu/krelu_rays.h"
 #include "cpu/krelu_loops.h"
+#include "cpu/krelu_maximum.h"
 #include "cpu/isa_table.h"
 
 }  // namespace pycert::cpu::avx512

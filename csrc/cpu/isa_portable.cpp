@@ -14,6 +14,7 @@
 #include "core/random.h"
 #include "core/relaxation_lines.h"
 #include "cpu/kernels.h"
+#include "cpu/maximum.h"
 
 namespace pycert::cpu::portable {
 
@@ -31,6 +32,7 @@ inline T multiply_add(T a, T b, T c) {
 #include "cpu/krelu_simplex.h"
 #include "cpu/krelu_rays.h"
 #include "cpu/krelu_loops.h"
+#include "cpu/krelu_maximum.h"
 #include "cpu/isa_table.h"
 
 }  // namespace pycert::cpu::portable

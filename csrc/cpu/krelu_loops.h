@@ -23,10 +23,11 @@ struct HullVertex {
   int zero;                              // bit i: hull coordinate i is held at zero
 };
 
-// What a vertex contributes to a proof, over neurons and in their units.
-struct HullProof {
-  double multiplier[kMaxGroup][kMaxGroup];  // of direction j: multiplier[j] . w
-  double c[kMaxGroup][kMaxGroup], limit[kMaxGroup];
+// What a vertex contributes to a proof, over K neurons and in their units: K x K numbers whose row j times w is the
+// multiplier of direction j, these directions, and their limits. Numbers lie one after another, to be transposed.
+constexpr int kProof = (2 * kMaxGroup * kMaxGroup + kMaxGroup + 7) / 8 * 8;
+struct alignas(64) HullProof {
+  double number[kProof];
 };
 
 constexpr int kHullVertices = kPolarRows - 16;
@@ -43,7 +44,8 @@ struct HullScratch {
   int piece_count[kPieces];
   bool piece_empty[kPieces];  // proved, or a sign that does not exist
   HullVertex vertex[kHullVertices];
-  HullProof proof[kHullVertices + 1];  // the last one proves nothing
+  HullProof proof[kHullVertices + 1];                                               // the last one proves nothing
+  double lifted[kHullVertices][2 * kMaxGroup], rise[kHullVertices][2 * kMaxGroup];  // see lift_vertices
   int vertices;
   double normal[kHullNormals][2 * kMaxGroup];  // (a, c) of candidate rows
   int normals;
@@ -317,20 +319,47 @@ inline void sort_into_pieces(const HullGroup& g, HullScratch& s) {
 }
 
 inline void describe_proofs(const HullGroup& g, HullScratch& s) {
+  const int k = g.p.k;
   for (int number = 0; number < s.vertices; ++number) {
     const HullVertex& v = s.vertex[number];
-    HullProof& proof = s.proof[number];
-    proof = {};
+    double* proof = s.proof[number].number;
+    std::fill(proof, proof + kProof, 0.0);
     for (int j = 0; j < v.count; ++j) {
-      proof.limit[j] = g.p.limit[v.direction[j]];
-      for (int i = 0; i < g.p.k; ++i) proof.c[j][i] = g.p.direction[v.direction[j]][i];
-      for (int i = 0; i < v.count; ++i) {
-        const int at = v.coordinate[i];
-        proof.multiplier[j][g.neuron[at]] = v.inverse[j][i] * g.radius[at];
-      }
+      for (int i = 0; i < v.count; ++i)
+        proof[j * k + g.neuron[v.coordinate[i]]] = v.inverse[j][i] * g.radius[v.coordinate[i]];
+      for (int i = 0; i < k; ++i) proof[(k + j) * k + i] = g.p.direction[v.direction[j]][i];
+      proof[2 * k * k + j] = g.p.limit[v.direction[j]];
     }
   }
   s.proof[kHullVertices] = {};
+}
+
+// Numbers `from[lane][0 .. kStrands)` with the lanes along the registers.
+PYCERT_INLINE void transpose(const double* const* from, Doubles* to) {
+#if PYCERT_LANES == 8
+  typedef int64_t Places __attribute__((vector_size(64)));
+  Doubles pair[8];
+  for (int i = 0; i < 8; i += 2) {
+    const Doubles low = Whole{}.load(from[i]), high = Whole{}.load(from[i + 1]);
+    pair[i] = __builtin_shuffle(low, high, Places{0, 8, 2, 10, 4, 12, 6, 14});
+    pair[i + 1] = __builtin_shuffle(low, high, Places{1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  const Places first_half{0, 1, 2, 3, 8, 9, 10, 11}, second_half{4, 5, 6, 7, 12, 13, 14, 15};
+  const Places even{0, 1, 4, 5, 8, 9, 12, 13}, odd{2, 3, 6, 7, 10, 11, 14, 15};
+  for (int i = 0; i < 2; ++i) {
+    const Doubles a = __builtin_shuffle(pair[i], pair[2 + i], first_half);
+    const Doubles b = __builtin_shuffle(pair[4 + i], pair[6 + i], first_half);
+    const Doubles c = __builtin_shuffle(pair[i], pair[2 + i], second_half);
+    const Doubles d = __builtin_shuffle(pair[4 + i], pair[6 + i], second_half);
+    to[i] = __builtin_shuffle(a, b, even);
+    to[2 + i] = __builtin_shuffle(a, b, odd);
+    to[4 + i] = __builtin_shuffle(c, d, even);
+    to[6 + i] = __builtin_shuffle(c, d, odd);
+  }
+#else
+  for (int lane = 0; lane < kStrands; ++lane)
+    for (int i = 0; i < kStrands; ++i) to[i][lane] = from[lane][i];
+#endif
 }
 
 // Upper bounds of w.x on a piece, each lane with the multipliers of the vertex where its own w is largest.
@@ -345,26 +374,25 @@ Doubles prove_piece(const HullGroup& g, int piece, int positive, const Doubles* 
     from = better ? Doubles{} + double(r) : from;
     best = better ? sum : best;
   }
-  double lanes[K + K + 1][K][kStrands];  // multipliers, directions, limits
+  const double* proof[kStrands];
   for (int lane = 0; lane < kStrands; ++lane) {
     const int at = s.piece_count[piece] > 0 ? s.piece_vertex[piece][static_cast<int>(from[lane])] : kHullVertices;
-    const HullProof& proof = s.proof[at];
-    for (int j = 0; j < K; ++j) {
-      for (int i = 0; i < K; ++i) {
-        lanes[j][i][lane] = proof.multiplier[j][i];
-        lanes[K + j][i][lane] = proof.c[j][i];
-      }
-      lanes[K + K][j][lane] = proof.limit[j];
-    }
+    proof[lane] = s.proof[at].number;
+  }
+  constexpr int blocks = (2 * K * K + K + kStrands - 1) / kStrands;
+  Doubles number[blocks * kStrands] = {};
+  for (int block = 0; block < blocks; ++block) {
+    transpose(proof, number + block * kStrands);
+    for (int lane = 0; lane < kStrands; ++lane) proof[lane] += kStrands;
   }
   Doubles value[K], limit[K], c[K][kMaxGroup];
   for (int j = 0; j < K; ++j) {
     value[j] = Doubles{};
     for (int i = 0; i < K; ++i) {
-      value[j] = accumulated(Whole{}.load(lanes[j][i]), w[i], value[j]);
-      c[j][i] = Whole{}.load(lanes[K + j][i]);
+      value[j] = accumulated(number[j * K + i], w[i], value[j]);
+      c[j][i] = number[(K + j) * K + i];
     }
-    limit[j] = Whole{}.load(lanes[K + K][j]);
+    limit[j] = number[2 * K * K + j];
   }
   double lower[kMaxGroup], upper[kMaxGroup];
   box_of_piece(g.p, positive, lower, upper);
@@ -443,29 +471,21 @@ inline double lifted_value(const HullGroup& g, const Lifted& lifted, int column,
   return (kind == 0 ? value : std::max(kind * value, 0.0)) * lifted.inverse[column];
 }
 
-// Keeps the row s - g.z >= 0 as a normal over (x, y), of largest coefficient 1, unless it is there already or has no y.
-inline void propose(const HullGroup& g, const Lifted& lifted, const double* normal, HullScratch& s) {
+// Keeps a normal (a, c), made of largest coefficient 1, unless it is there already or has no c.
+inline void keep_normal(const double* normal, HullScratch& s) {
   if (s.normals == kHullNormals) return;
   double* row = s.normal[s.normals];
-  for (int i = 0; i < 2 * kMaxGroup; ++i) row[i] = 0;
-  for (int i = 0; i < lifted.count; ++i) {
-    const int n = g.neuron[lifted.hull_coordinate[i]];
-    const double value = normal[i] * lifted.inverse[i];
-    if (lifted.kind[i] == 0) row[n] -= value;
-    if (lifted.kind[i] == -1) row[n] += value;
-    if (lifted.kind[i] != 0) row[kMaxGroup + n] -= value;
-  }
   double largest = 0, bend = 0;
   for (int i = 0; i < kMaxGroup; ++i) {
-    largest = std::max(largest, std::fabs(row[i]));
-    bend = std::max(bend, std::fabs(row[kMaxGroup + i]));
+    largest = std::max(largest, std::fabs(normal[i]));
+    bend = std::max(bend, std::fabs(normal[kMaxGroup + i]));
   }
   largest = std::max(largest, bend);
   if (!(largest > 0 && largest < 1e300) || bend < 1e-9 * largest) return;
   const double inverse = 1 / largest;
   uint64_t hash = 0;
   for (int i = 0; i < 2 * kMaxGroup; ++i) {
-    row[i] *= inverse;
+    row[i] = normal[i] * inverse;
     hash += static_cast<uint64_t>(static_cast<int64_t>(row[i] * 0x1p24 + (0x1p26 + 0.37))) *
             (0x9E3779B97F4A7C15ull * (2 * i + 1));
   }
@@ -478,6 +498,19 @@ inline void propose(const HullGroup& g, const Lifted& lifted, const double* norm
   }
   s.slot_of[s.normals] = at;
   s.normal_slot[at] = s.normals++;
+}
+
+// Keeps the row s - g.z >= 0 over (x, y).
+inline void propose(const HullGroup& g, const Lifted& lifted, const double* normal, HullScratch& s) {
+  double row[2 * kMaxGroup] = {};
+  for (int i = 0; i < lifted.count; ++i) {
+    const int n = g.neuron[lifted.hull_coordinate[i]];
+    const double value = normal[i] * lifted.inverse[i];
+    if (lifted.kind[i] == 0) row[n] -= value;
+    if (lifted.kind[i] == -1) row[n] += value;
+    if (lifted.kind[i] != 0) row[kMaxGroup + n] -= value;
+  }
+  keep_normal(row, s);
 }
 
 // How far simplex walks go, and the points (x, y) that a caller wants cut off.
@@ -494,24 +527,66 @@ struct Aims {
   }
 };
 
+// Every vertex lifted, and how much higher its columns are with y on the chord; nothing where x_i = 0.
+template <int N>
+void lift_vertices(const HullGroup& g, const Lifted& lifted, HullScratch& s) {
+  double slope[kMaxGroup];
+  for (int i = 0; i < g.dimensions; ++i) {
+    const int n = g.neuron[i];
+    slope[i] = g.p.upper[n] / (g.p.upper[n] - g.p.lower[n]);
+  }
+  for (int v = 0; v < s.vertices; ++v) {
+    const HullVertex& corner = s.vertex[v];
+    for (int c = 0; c < N; ++c) {
+      const int i = lifted.hull_coordinate[c], n = g.neuron[i];
+      const double x = corner.exact[i] * g.radius[i];
+      const bool flat = lifted.kind[c] == 0 || (corner.zero >> i & 1);
+      s.lifted[v][c] = lifted_value(g, lifted, c, corner.exact);
+      s.rise[v][c] = flat ? 0 : (slope[i] * (x - g.p.lower[n]) - std::max(x, 0.0)) * lifted.inverse[c];
+    }
+  }
+}
+
 // A corner of what the triangles alone allow, or a mean of three: a vertex of P, or of P cut by some planes x_i = 0,
-// with y on the chords of some coordinates (`up`, drawn at random, but not where x_i = 0) and on the graph of the
-// others. Where y is wanted large in `up` and small elsewhere, it is at one of these that triangles allow most.
+// with y on the chords of some coordinates (drawn at random, but not where x_i = 0) and on the graph of the others.
+// Where y is wanted large in those and small elsewhere, it is at one of these that triangles allow most.
 template <int N>
 void aim_at_relaxation(const HullGroup& g, const Lifted& lifted, int ray, const HullScratch& s, double* objective) {
   for (int c = 0; c < N; ++c) objective[c] = 0;
   for (int term = 0; term < (ray & 1 ? 3 : 1); ++term) {
     const uint64_t draw = 10000 + 16 * static_cast<uint64_t>(ray) + 4 * term;
-    const HullVertex& corner = s.vertex[static_cast<int>(uniform(draw) * s.vertices)];
-    const int up = static_cast<int>(uniform(draw + 1) * (1 << g.dimensions)) & ~corner.zero;
+    const int corner = static_cast<int>(uniform(draw) * s.vertices);
+    const int up = static_cast<int>(uniform(draw + 1) * (1 << g.dimensions));
     const double share = uniform(draw + 2);
     for (int c = 0; c < N; ++c) {
-      const int i = lifted.hull_coordinate[c], n = g.neuron[i];
-      const double x = corner.exact[i] * g.radius[i], lower = g.p.lower[n], upper = g.p.upper[n];
-      const double y = up >> i & 1 ? upper * (x - lower) / (upper - lower) : std::max(x, 0.0);
-      objective[c] += share * (lifted.kind[c] == 0 ? x : lifted.kind[c] == 1 ? y : y - x) * lifted.inverse[c];
+      const double risen = up >> lifted.hull_coordinate[c] & 1 ? s.rise[corner][c] : 0;
+      objective[c] += share * (s.lifted[corner][c] + risen);
     }
   }
+}
+
+// A vertex of {g : z_r . g <= rhs_r} for the first `count` rows; false where there is none.
+template <int N>
+bool begin_at_a_vertex(int count, HullScratch& s, Basis<N>& basis) {
+  // Artificial rows to start from; an objective inside the cone of the others does without them in the end.
+  double w[N] = {};
+  for (int v = 0; v < count; ++v)
+    for (int c = 0; c < N; ++c) w[c] += s.z[c][v] * (0.5 + uniform(3000 + v));
+  for (int i = 0; i < N; ++i) {
+    for (int c = 0; c < N; ++c) s.z[c][count + i] = 0;
+    s.z[i][count + i] = w[i] < 0 ? -1 : 1;
+    s.rhs[count + i] = s.exact_rhs[count + i] = 1e7 * (1 + uniform(i));
+    basis.row[i] = count + i;
+    basis.edge[i][i] = w[i] < 0 ? -1 : 1;
+  }
+  Halfspaces h = s.halfspaces(count + N);
+  h.pad(N);
+  if (!restore(basis, h, w, 60 * N).found) return false;
+  for (int i = 0; i < N; ++i)
+    if (basis.row[i] >= count) return false;
+  h.count = count;
+  h.pad(N);
+  return true;
 }
 
 // All facets of {s - g.z >= 0}, or those that simplex walks pass.
@@ -532,25 +607,9 @@ void find_facets(const HullGroup& g, const Lifted& lifted, double sign, bool clo
     ++count;
   }
   if (count == 0) return;
-  // Artificial rows to start from; an objective inside the cone of the points does without them in the end.
-  double w[N] = {};
-  for (int v = 0; v < count; ++v)
-    for (int c = 0; c < N; ++c) w[c] += s.z[c][v] * (0.5 + uniform(3000 + v));
   Basis<N> basis{};
-  for (int i = 0; i < N; ++i) {
-    for (int c = 0; c < N; ++c) s.z[c][count + i] = 0;
-    s.z[i][count + i] = w[i] < 0 ? -1 : 1;
-    s.rhs[count + i] = s.exact_rhs[count + i] = 1e7 * (1 + uniform(i));
-    basis.row[i] = count + i;
-    basis.edge[i][i] = w[i] < 0 ? -1 : 1;
-  }
-  Halfspaces h = s.halfspaces(count + N);
-  h.pad(N);
-  if (!restore(basis, h, w, 60 * N).found) return;
-  for (int i = 0; i < N; ++i)
-    if (basis.row[i] >= count) return;
-  h.count = count;
-  h.pad(N);
+  if (!begin_at_a_vertex(count, s, basis)) return;
+  const Halfspaces h = s.halfspaces(count);
   const auto take = [&](const Basis<N>& at) {
     double normal[N];
     vertex_of(at, s.exact_rhs, normal);
@@ -566,17 +625,15 @@ void find_facets(const HullGroup& g, const Lifted& lifted, double sign, bool clo
   } else {
     s.known.clear();
     s.rows.read(h, N);
-    double last[N] = {};
-    const auto keep = [&](const Basis<N>& at, int age) {  // many bases have the same facet, one after another
-      double normal[N], moved = 0;
-      vertex_of(at, s.exact_rhs, normal);
-      for (int c = 0; c < N; ++c) {
-        moved = std::max(moved, std::fabs(normal[c] - last[c]));
-        last[c] = normal[c];
-      }
-      if (moved > 1e-7 && s.known.add(at, age, normal)) propose(g, lifted, normal, s);
+    if (aims.pivots > 0) lift_vertices<N>(g, lifted, s);
+    const auto keep = [&](const LaneBasis<N>& at, int age, const double* normal) {
+      if (s.known.add(at, age, normal)) propose(g, lifted, normal, s);
     };
-    keep(basis, 0);
+    LaneBasis<N> start;
+    start.read(basis);
+    double normal[N];
+    start.vertex(s.exact_rhs, normal);
+    keep(start, 0, normal);
     for (int ray = 0, used = 0; ray < aims.count || used < aims.pivots; ++ray) {
       double objective[N];
       if (ray < aims.count)
@@ -670,32 +727,36 @@ Octahedron read_group(const KreluArgs<T>& args, int64_t group, bool* given) {
 // Writes rows one after another as far as there is room, leaving out those that are not finite.
 template <typename T>
 struct RowWriter {
-  T* rows;  // [room, 1 + 2k], zero
-  int k;
+  T* rows;  // [room, 1 + k + outputs], zero
+  int k, outputs;
   int64_t room, count;
 
   bool append(T b, const T* a, const T* c) {
     if (count == room || !(std::fabs(b) < infinity<T>())) return false;
-    T* row = rows + count++ * (1 + 2 * k);
+    T* row = rows + count++ * (1 + k + outputs);
     row[0] = b;
-    for (int i = 0; i < k; ++i) {
-      row[1 + i] = a[i];
-      row[1 + k + i] = c[i];
-    }
+    for (int i = 0; i < k; ++i) row[1 + i] = a[i];
+    for (int i = 0; i < outputs; ++i) row[1 + k + i] = c[i];
     return true;
   }
 };
 
-// Octahedral rows as they were given, then the rows of each neuron.
+// Octahedral rows as they were given.
 template <typename T>
-void write_base_rows(const KreluArgs<T>& args, int64_t group, const Octahedron& p, const bool* given,
-                     RowWriter<T>& writer) {
+void write_octahedron(const Octahedron& p, const bool* given, RowWriter<T>& writer) {
   const T none[kMaxGroup] = {};
   for (int d = 0; d < direction_count(p.k); ++d) {
     T a[kMaxGroup] = {};
     for (int i = 0; i < p.k; ++i) a[i] = -T(p.direction[d][i]);
     if (given[d]) writer.append(T(p.limit[d]), a, none);
   }
+}
+
+// And the rows of each neuron.
+template <typename T>
+void write_base_rows(const KreluArgs<T>& args, int64_t group, const Octahedron& p, const bool* given,
+                     RowWriter<T>& writer) {
+  write_octahedron(p, given, writer);
   for (int i = 0; i < p.k; ++i) {
     if (args.identity != nullptr && args.identity[group * p.k + i]) continue;
     T a[kMaxGroup] = {}, c[kMaxGroup] = {};
@@ -779,7 +840,7 @@ void hull_of_group(const KreluArgs<T>& args, int64_t group, double* points, Hull
   HullGroup g;
   g.p = read_group(args, group, given);
   const int k = g.p.k;
-  RowWriter<T> writer{args.rows + group * args.rows_out * (1 + 2 * k), k, args.rows_out, 0};
+  RowWriter<T> writer{args.rows + group * args.rows_out * (1 + 2 * k), k, k, args.rows_out, 0};
   write_base_rows(args, group, g.p, given, writer);
   const int64_t room = args.rows_out - direction_count(k) - 3 * k;  // beyond octahedron and triangles
   if (describe_group(g) && room > 0) {
@@ -794,12 +855,17 @@ void hull_of_group(const KreluArgs<T>& args, int64_t group, double* points, Hull
   args.count[group] = writer.count;
 }
 
+inline HullScratch& hull_scratch() {
+  static thread_local const std::unique_ptr<HullScratch> scratch = std::make_unique<HullScratch>();
+  return *scratch;
+}
+
 template <typename T>
 void krelu_hull(const KreluArgs<T>& args) {
   at::parallel_for(0, args.groups, 1, [&](int64_t begin, int64_t end) {
     const FloatEnvironment environment;
-    static thread_local const std::unique_ptr<HullScratch> scratch = std::make_unique<HullScratch>();
+    HullScratch& scratch = hull_scratch();
     std::vector<double> points(static_cast<size_t>(args.point_count) * 2 * kMaxGroup);
-    for (int64_t group = begin; group < end; ++group) hull_of_group(args, group, points.data(), *scratch);
+    for (int64_t group = begin; group < end; ++group) hull_of_group(args, group, points.data(), scratch);
   });
 }

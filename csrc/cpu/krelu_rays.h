@@ -108,11 +108,83 @@ struct SingleRows {
   }
 };
 
+typedef double Eight __attribute__((vector_size(64)));
+typedef float EightSingles __attribute__((vector_size(32)));
+
+// The first lane that is as large as the largest.
+PYCERT_INLINE int lane_of_largest(const Eight& v) {
+#if PYCERT_LANES > 2
+  const __m256 all = (__m256) __builtin_convertvector(v, EightSingles);
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  const __m128 most = _mm_max_ss(pair, _mm_shuffle_ps(pair, pair, 1));
+  return __builtin_ctz(_mm256_movemask_ps(_mm256_cmp_ps(all, _mm256_broadcastss_ps(most), _CMP_NLT_UQ)));
+#else
+  int lane = 0;
+  for (int j = 1; j < 8; ++j)
+    if (v[j] > v[lane]) lane = j;
+  return lane;
+#endif
+}
+
+// A Basis with an edge in every lane: edge[c][i] is component c of edge i. Lanes from N on are zero.
+template <int N>
+struct LaneBasis {
+  int row[2 * kMaxGroup];
+  Eight edge[N];
+
+  void read(const Basis<N>& basis) {
+    for (int c = 0; c < N; ++c) {
+      edge[c] = Eight{};
+      for (int i = 0; i < N; ++i) edge[c][i] = basis.edge[i][c];
+    }
+    for (int i = 0; i < N; ++i) row[i] = basis.row[i];
+  }
+
+  Basis<N> basis() const {
+    Basis<N> made;
+    for (int i = 0; i < N; ++i) {
+      made.row[i] = row[i];
+      for (int c = 0; c < N; ++c) made.edge[i][c] = edge[c][i];
+    }
+    return made;
+  }
+
+  // Of vectors with a component in every row of the basis.
+  Eight along(const double* w) const {
+    Eight sum{};
+    for (int c = 0; c < N; ++c) sum += edge[c] * w[c];
+    return sum;
+  }
+
+  void vertex(const double* rhs, double* g) const {
+    for (int c = 0; c < N; ++c) {
+      double sum = 0;
+      for (int i = 0; i < N; ++i) sum += edge[c][i] * rhs[row[i]];
+      g[c] = sum;
+    }
+  }
+
+  // Row `entering`, t in terms of the basis, in the place of lane `leaving`.
+  void exchange(int leaving, int entering, const Eight& t, double inverse) {
+    Eight others = t;
+    others[leaving] = 0;
+    Eight own{};
+    own[leaving] = 1;
+    const Eight stay = Eight{} + 1 - own;
+    for (int c = 0; c < N; ++c) {
+      const double moved = edge[c][leaving] * inverse;
+      edge[c] = edge[c] * stay - others * moved + own * moved;
+    }
+    row[leaving] = entering;
+  }
+};
+
 // Facets met so far, with the rows that meet there and the edges: where walks start.
 struct KnownFacets {
   int count = 0;
   int row[kKnown][2 * kMaxGroup];
-  double edge[kKnown][4 * kMaxGroup * kMaxGroup];
+  Eight edge[kKnown][2 * kMaxGroup];
   int age[kKnown];
   uint64_t key[kKnown];
   int slot_of[kKnown];
@@ -127,7 +199,7 @@ struct KnownFacets {
 
   // False if it is known already, or there is no room.
   template <int N>
-  bool add(const Basis<N>& basis, int exchanges, const double* normal) {
+  bool add(const LaneBasis<N>& basis, int exchanges, const double* normal) {
     if (count == kKnown) return false;
     uint64_t wanted = 0;
     for (int i = 0; i < N; ++i) wanted += mixed(basis.row[i]);
@@ -138,10 +210,10 @@ struct KnownFacets {
     slot_of[count] = at;
     key[count] = wanted;
     age[count] = exchanges;
-    for (int i = 0; i < N; ++i) {
-      row[count][i] = basis.row[i];
-      for (int c = 0; c < N; ++c) edge[count][i * N + c] = basis.edge[i][c];
-      g[i][count] = static_cast<float>(normal[i]);
+    for (int c = 0; c < N; ++c) {
+      row[count][c] = basis.row[c];
+      edge[count][c] = basis.edge[c];
+      g[c][count] = static_cast<float>(normal[c]);
     }
     ++count;
     return true;
@@ -164,62 +236,67 @@ struct KnownFacets {
   }
 
   template <int N>
-  void start(int facet, Basis<N>& basis) const {
-    for (int i = 0; i < N; ++i) {
-      basis.row[i] = row[facet][i];
-      for (int c = 0; c < N; ++c) basis.edge[i][c] = edge[facet][i * N + c];
+  void start(int facet, LaneBasis<N>& basis) const {
+    for (int c = 0; c < N; ++c) {
+      basis.row[c] = row[facet][c];
+      basis.edge[c] = edge[facet][c];
     }
   }
 };
 
-// Along the ray w to the facet it leaves the polytope through; visit(basis) at each facet passed. Pivots used.
+// Along the ray w to the facet it leaves the polytope through; visit(basis, age, normal) at each facet passed. Pivots
+// used.
 template <int N, typename Visit>
 int shoot(KnownFacets& known, SingleRows& rows, const Halfspaces& h, const double* w, int limit, const Visit& visit) {
   const int first = known.first_hit<N>(w);
   if (first < 0) return 0;
-  Basis<N> basis;
+  LaneBasis<N> basis;
   known.start(first, basis);
   int age = known.age[first];
-  double price[N], largest = 0;
-  for (int i = 0; i < N; ++i) {
-    price[i] = 0;
-    for (int c = 0; c < N; ++c) price[i] += w[c] * basis.edge[i][c];
-    largest = std::max(largest, std::fabs(w[i]));
-  }
+  Eight price = basis.along(w);
+  double largest = 0, normal[N];
+  for (int i = 0; i < N; ++i) largest = std::max(largest, std::fabs(w[i]));
   float step = 0;
   int used = 0;
   for (; used < limit; ++used) {
-    int leaving = -1;
-    double best = 0;
-    for (int i = 0; i < N; ++i) {
-      double length = 0;
-      for (int c = 0; c < N; ++c) length += basis.edge[i][c] * basis.edge[i][c];
-      if (price[i] < -1e-9 * largest && price[i] * price[i] > best * length) {
-        best = price[i] * price[i] / length;
-        leaving = i;
-      }
-    }
-    if (leaving < 0) break;
+    Eight length{};
+    for (int c = 0; c < N; ++c) length += basis.edge[c] * basis.edge[c];
+    const Eight gain = price < -1e-9 * largest ? price * price / length : Eight{};
+    const int leaving = lane_of_largest(gain);
+    if (!(gain[leaving] > 0)) break;
     if (used == 0) {
       if (age > kAge) {
-        if (!refresh(basis, h)) break;
+        Basis<N> anew = basis.basis();
+        if (!refresh(anew, h)) break;
+        basis.read(anew);
         age = 0;
       }
-      double g[N];
-      vertex_of(basis, h.rhs, g);
-      rows.find_slacks<N>(g);
+      basis.vertex(h.rhs, normal);
+      rows.find_slacks<N>(normal);
+      basis.vertex(h.exact_rhs, normal);
     }
-    const int entering = rows.walk<N>(basis.edge[leaving], step);
+    double edge[N], z[N];
+    for (int c = 0; c < N; ++c) edge[c] = basis.edge[c][leaving];
+    const int entering = rows.walk<N>(edge, step);
     if (entering < 0) break;
     step = rows.slack[entering] / rows.rate[entering];
-    double t[N];
-    coordinates_of(basis, h, entering, t);
-    if (!(std::fabs(t[leaving]) > 1e-9)) break;
-    const double change = price[leaving] / t[leaving];
-    for (int i = 0; i < N; ++i) price[i] -= t[i] * change;
+    for (int c = 0; c < N; ++c) z[c] = h.z[c * kPolarRows + entering];
+    const Eight t = basis.along(z);
+    const double pivot = t[leaving];
+    if (!(std::fabs(pivot) > 1e-9)) break;
+    const double inverse = 1 / pivot, change = price[leaving] * inverse;
+    price -= t * change;
     price[leaving] = change;
-    exchange(basis, h, leaving, entering);
-    visit(basis, ++age);
+    basis.exchange(leaving, entering, t, inverse);
+    double left = h.exact_rhs[entering], moved = 0;  // of the row that was met, before the step
+    for (int c = 0; c < N; ++c) left -= z[c] * normal[c];
+    left *= inverse;
+    for (int c = 0; c < N; ++c) {
+      normal[c] += left * edge[c];
+      moved = std::max(moved, std::fabs(left * edge[c]));
+    }
+    ++age;
+    if (moved > 1e-7) visit(basis, age, normal);  // many bases have the same facet, one after another
   }
   return used;
 }

@@ -4,7 +4,7 @@ from pycert.ops import shapes as _shapes  # noqa: F401 - registers what fake ten
 from pycert.ops.activation_hull import activation_hull, maximum_hull
 from pycert.ops.backsub import concretize
 from pycert.ops.interval import interval_conv2d, interval_linear
-from pycert.ops.krelu import krelu_hull, octahedral_directions
+from pycert.ops.krelu import krelu_hull, octahedral_directions, octahedron_hull
 from pycert.ops.norm import PowerNorm, masked_norm, power_norm
 from pycert.ops.relaxation import (
     ActivationLines,
@@ -29,5 +29,6 @@ __all__ = [
     "power_norm",
     "krelu_hull",
     "octahedral_directions",
+    "octahedron_hull",
     "relu_relaxation",
 ]

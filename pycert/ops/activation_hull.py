@@ -240,28 +240,45 @@ def _packed(rows: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     return rows.gather(1, order[..., None].expand_as(rows)), used.sum(1)
 
 
-def maximum_hull(
-    lower: Tensor, upper: Tensor, A: Tensor, b: Tensor, *, max_rows: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Linear constraints on ``(x1, x2, max(x1, x2))`` for pairs with joint bounds: all facets of the hull.
+#: Facets beyond the base rows, and rays and steps of the simplex method, of maxima of three and four.
+_MAXIMUM_ROWS = {3: 128, 4: 256}
+_MAXIMUM_PIVOTS = {3: 0, 4: 600}
 
-    With ``s = x1 + x2`` and ``d = x1 - x2`` the octahedron is one again, and ``max(x1, x2) = x2 + relu(d)``: the hull
-    of :func:`krelu_hull` with ``s`` as an identity coordinate. A max-pool over four values is two of these and
-    one over their results.
+
+def maximum_hull(
+    lower: Tensor,
+    upper: Tensor,
+    A: Tensor,
+    b: Tensor,
+    *,
+    max_rows: int | None = None,
+    pivots: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear constraints on ``(x, max x_i)`` for groups of two to four values with joint bounds.
+
+    All facets of the convex hull for pairs and triples, up to rounding. *Pairs*: with ``s = x1 + x2`` and
+    ``d = x1 - x2`` the octahedron is one again, and ``max(x1, x2) = x2 + relu(d)``: :func:`krelu_hull` with ``s`` as
+    an identity coordinate. *Three and four*: the maximum is convex, so below it are ``y >= x_i`` alone; above, facets
+    of the hull of the octahedron's lifted vertices are found as those of ``krelu_hull`` are, all of three, of four
+    those that rays meet. Maxima of more values are made of these, one after another.
 
     Args:
-        lower, upper, A, b: as in :func:`krelu_hull`, with ``k = 2``.
-        max_rows: of the hull, beyond octahedron and triangle; 64 unless given.
+        lower, upper, A, b: as in :func:`krelu_hull`, with ``k`` from 2 to 4.
+        max_rows: of the hull, beyond those of the octahedron and of single values; 64, 128, 256 for k = 2, 3, 4
+            unless given.
+        pivots: rays and steps of the simplex method for ``k = 4``; 600 unless given.
 
     Returns:
-        ``(rows, count)``: ``(G, R, 4)`` and ``(G,)`` int64, each row ``(b, a_1, a_2, c)``, meaning
-        ``b + a . x + c max(x1, x2) >= 0``; in the order of ``krelu_hull``. Unused rows are zero.
+        ``(rows, count)``: ``(G, R, 2 + k)`` and ``(G,)`` int64, each row ``(b, a_1..a_k, c)``, meaning
+        ``b + a . x + c max(x) >= 0``. Pairs in the order of ``krelu_hull``; for three and four the octahedral rows, as
+        given or from the box, ``y >= x_i`` in turn, ``y <= max(upper)``, then the facets above, or those that cut
+        deepest in the middle of the box. Unused rows are zero.
 
     Raises:
-        ValueError: the groups are no pairs; as in ``krelu_hull``.
+        ValueError: ``k`` is not 2, 3 or 4; as in ``krelu_hull``.
 
-    Soundness: as ``krelu_hull``; what rounding moves a row by is added to its ``b``.
-    Gradient: none.
+    Soundness: as ``krelu_hull``: offsets are proved by weak duality.
+    Gradient: none. Three and four are worked on by the processor, whatever the device of the tensors.
 
     Example:
         >>> lower, upper = torch.zeros(1, 2), torch.ones(1, 2)
@@ -270,8 +287,29 @@ def maximum_hull(
         tensor([ 1.,  0.,  0., -1.])
     """
     _check("maximum_hull", lower, upper, A, b)
-    if lower.shape[1] != 2:
-        raise ValueError(f"maximum_hull: lower must be [groups, 2], got {list(lower.shape)}")
+    k = lower.shape[1]
+    if not 2 <= k <= 4:
+        raise ValueError(
+            f"maximum_hull: lower must be [groups, k] with k from 2 to 4, got {list(lower.shape)}"
+        )
+    for name, value in (("max_rows", max_rows), ("pivots", pivots)):
+        if value is not None and value < 0:
+            raise ValueError(f"maximum_hull: {name} must not be negative, got {value}")
+    if k == 2:
+        return _maximum_of_pairs(lower, upper, A, b, max_rows)
+    rows = 3**k - 1 + k + 1 + (_MAXIMUM_ROWS[k] if max_rows is None else max_rows)
+    made, count = torch.ops.pycert.maximum_hull.default(
+        *(t.detach().cpu() for t in (lower, upper, A, b)),
+        rows,
+        _MAXIMUM_PIVOTS[k] if pivots is None else pivots,
+    )
+    return made.to(lower.device), count.to(lower.device)
+
+
+def _maximum_of_pairs(
+    lower: Tensor, upper: Tensor, A: Tensor, b: Tensor, max_rows: int | None
+) -> tuple[Tensor, Tensor]:
+    """Rows over ``(x1, x2, max(x1, x2))`` from those over ``(s, d, s, relu(d))``."""
     low, high, normals, offsets = (t.detach().double() for t in (lower, upper, A, b))
     largest = torch.maximum(low.abs(), high.abs())
     box = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]], dtype=torch.float64, device=low.device)

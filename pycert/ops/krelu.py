@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pycert import _C
+
 #: Rays and steps of the simplex method per group and sign, where ``pivots`` is not given: groups whose lifted points
 #: have more than four dimensions are not enumerated but sampled.
 DEFAULT_PIVOTS = {1: 0, 2: 0, 3: 240, 4: 1400}
@@ -100,7 +102,53 @@ def krelu_hull(
     return torch.ops.pycert.krelu_hull.default(lower, upper, A, b, identity, points, rows, steps)
 
 
+def octahedron_hull(octahedron: Tensor, *, max_rows: int | None = None, pivots: int | None = None) -> Tensor:
+    """:func:`krelu_hull` of one group on the processor, in the row format of cdd, ELINA and WraLU.
+
+    For programs that pass groups one by one: this call costs a few microseconds beside the hull, that of a batch
+    several times the hull of a pair.
+
+    Args:
+        octahedron: ``(m, 1 + k)``, rows ``(b, a_1..a_k)`` that mean ``b + a . x >= 0``, with every ``a_i`` -1, 0 or 1,
+            in any order; among them both ends of every neuron. float32 or float64. A NumPy array comes in through
+            ``torch.from_numpy``.
+        max_rows, pivots: as in :func:`krelu_hull`.
+
+    Returns:
+        ``(R, 1 + 2 k)``: the rows that are used, in the order of :func:`krelu_hull`.
+
+    Raises:
+        ValueError: the shape does not fit, a neuron has no finite end on one side, an element is none of -1, 0 and 1,
+            or the octahedron is not on the processor.
+        TypeError: the dtype is neither float32 nor float64; no tensor; a count is no integer.
+
+    Soundness: as :func:`krelu_hull`. Gradient: none; the result does not require one.
+
+    Example:
+        >>> octahedron = torch.cat([torch.full((8, 1), 2.0), -octahedral_directions(2, torch.float32)], 1)
+        >>> octahedron_hull(octahedron)[14:]
+        tensor([[ 1.0000,  0.5000,  0.5000, -1.0000, -1.0000]])
+    """
+    if not isinstance(octahedron, Tensor):
+        raise TypeError(f"octahedron_hull: octahedron must be a tensor, got {type(octahedron).__name__}")
+    for name, number in (("max_rows", max_rows), ("pivots", pivots)):
+        if number is not None and not isinstance(number, int):
+            raise TypeError(f"octahedron_hull: {name} must be an integer, got {number!r}")
+    k = octahedron.shape[-1] - 1 if octahedron.dim() > 0 else 0
+    room = DEFAULT_ROWS.get(k, 0) if max_rows is None else max_rows
+    rows: Tensor = _C.octahedron_hull(
+        octahedron, room, DEFAULT_PIVOTS.get(k, 0) if pivots is None else pivots
+    )
+    return rows
+
+
 @torch.library.register_fake("pycert::krelu_hull")
 def _(lower, upper, A, b, identity, points, rows, pivots):  # type: ignore[no-untyped-def]
     groups, k = lower.shape
     return lower.new_empty(groups, rows, 1 + 2 * k), lower.new_empty(groups, dtype=torch.int64)
+
+
+@torch.library.register_fake("pycert::maximum_hull")
+def _(lower, upper, A, b, rows, pivots):  # type: ignore[no-untyped-def]
+    groups, k = lower.shape
+    return lower.new_empty(groups, rows, 2 + k), lower.new_empty(groups, dtype=torch.int64)
