@@ -359,7 +359,7 @@ def test_errors_name_the_argument():
 def test_batches_may_be_empty_and_operators_are_registered_well():
     empty = [torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, 26, 3), torch.zeros(0, 26)]
     rows, count = pycert.ops.krelu_hull(*empty)
-    assert rows.shape == (0, 26 + 9 + 256, 7)
+    assert rows.shape == (0, 26 + 9 + 160, 7)
     assert count.shape == (0,)
     limit = limits(np.random.default_rng(1), "net", 2)
     lower, upper = box_of(limit)

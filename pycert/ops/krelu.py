@@ -10,8 +10,8 @@ from pycert import _C
 #: Rays and steps of the simplex method per group and sign, where ``pivots`` is not given: groups whose lifted points
 #: have more than four dimensions are not enumerated but sampled.
 DEFAULT_PIVOTS = {1: 0, 2: 0, 3: 240, 4: 1400}
-#: Rows beyond the octahedron and the triangles, where ``max_rows`` is not given.
-DEFAULT_ROWS = {1: 0, 2: 64, 3: 256, 4: 1024}
+#: Rows beyond the octahedron and the triangles, where ``max_rows`` is not given: more than the default ``pivots`` find.
+DEFAULT_ROWS = {1: 0, 2: 64, 3: 160, 4: 640}
 
 
 def octahedral_directions(k: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -60,7 +60,7 @@ def krelu_hull(
             facet towards each is among the rows; and where there are more rows than ``max_rows``
             allows, those that cut deepest at one of them are kept (without ``points``: in the
             middle of the triangles).
-        max_rows: how many rows may be added to octahedron and triangles; 0, 64, 256, 1024 for k = 1, 2, 3, 4
+        max_rows: how many rows may be added to octahedron and triangles; 0, 64, 160, 640 for k = 1, 2, 3, 4
             unless given.
         pivots: rays and steps of the simplex method per group for ``k = 3`` and ``4``: more find more facets. 240 and
             1400 unless given.
