@@ -304,7 +304,7 @@ def test_errors_name_the_argument():
             pycert.ops.maximum_hull(*wrong)
     with pytest.raises(ValueError, match="maximum_hull: pivots must not be negative"):
         pycert.ops.maximum_hull(*ok, pivots=-1)
-    with pytest.raises(ValueError, match=r"maximum_hull: b must be \[1, 0\]"):
+    with pytest.raises(ValueError, match="maximum_hull: A and b must be"):
         pycert.ops.maximum_hull(*ok[:3], torch.zeros(1, 2))
     with pytest.raises(ValueError, match="maximum_hull: A must hold -1, 0 and 1 only"):
         pycert.ops.maximum_hull(*ok[:2], torch.full((1, 1, 3), 0.5), torch.zeros(1, 1))

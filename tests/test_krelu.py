@@ -294,6 +294,10 @@ def test_one_octahedron_may_lack_directions_but_no_end():
         pycert.ops.octahedron_hull(octahedron, max_rows=-1)
     with pytest.raises(TypeError, match="octahedron_hull"):
         pycert.ops.octahedron_hull(octahedron.half())
+    with pytest.raises(TypeError, match="octahedron must be a tensor, got ndarray"):
+        pycert.ops.octahedron_hull(octahedron.numpy())
+    with pytest.raises(TypeError, match="pivots must be an integer"):
+        pycert.ops.octahedron_hull(octahedron, pivots=1.5)
 
 
 def test_gradients_are_refused():
@@ -355,7 +359,7 @@ def test_errors_name_the_argument():
 def test_batches_may_be_empty_and_operators_are_registered_well():
     empty = [torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0, 26, 3), torch.zeros(0, 26)]
     rows, count = pycert.ops.krelu_hull(*empty)
-    assert rows.shape == (0, 26 + 9 + 256, 7)
+    assert rows.shape == (0, 26 + 9 + 160, 7)
     assert count.shape == (0,)
     limit = limits(np.random.default_rng(1), "net", 2)
     lower, upper = box_of(limit)

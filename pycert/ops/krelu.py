@@ -10,8 +10,8 @@ from pycert import _C
 #: Rays and steps of the simplex method per group and sign, where ``pivots`` is not given: groups whose lifted points
 #: have more than four dimensions are not enumerated but sampled.
 DEFAULT_PIVOTS = {1: 0, 2: 0, 3: 240, 4: 1400}
-#: Rows beyond the octahedron and the triangles, where ``max_rows`` is not given.
-DEFAULT_ROWS = {1: 0, 2: 64, 3: 256, 4: 1024}
+#: Rows beyond the octahedron and the triangles, where ``max_rows`` is not given: more than the default ``pivots`` find.
+DEFAULT_ROWS = {1: 0, 2: 64, 3: 160, 4: 640}
 
 
 def octahedral_directions(k: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -60,7 +60,7 @@ def krelu_hull(
             facet towards each is among the rows; and where there are more rows than ``max_rows``
             allows, those that cut deepest at one of them are kept (without ``points``: in the
             middle of the triangles).
-        max_rows: how many rows may be added to octahedron and triangles; 0, 64, 256, 1024 for k = 1, 2, 3, 4
+        max_rows: how many rows may be added to octahedron and triangles; 0, 64, 160, 640 for k = 1, 2, 3, 4
             unless given.
         pivots: rays and steps of the simplex method per group for ``k = 3`` and ``4``: more find more facets. 240 and
             1400 unless given.
@@ -120,7 +120,7 @@ def octahedron_hull(octahedron: Tensor, *, max_rows: int | None = None, pivots: 
     Raises:
         ValueError: the shape does not fit, a neuron has no finite end on one side, an element is none of -1, 0 and 1,
             or the octahedron is not on the processor.
-        TypeError: the dtype is neither float32 nor float64.
+        TypeError: the dtype is neither float32 nor float64; no tensor; a count is no integer.
 
     Soundness: as :func:`krelu_hull`. Gradient: none; the result does not require one.
 
@@ -129,7 +129,12 @@ def octahedron_hull(octahedron: Tensor, *, max_rows: int | None = None, pivots: 
         >>> octahedron_hull(octahedron)[14:]
         tensor([[ 1.0000,  0.5000,  0.5000, -1.0000, -1.0000]])
     """
-    k = octahedron.shape[-1] - 1
+    if not isinstance(octahedron, Tensor):
+        raise TypeError(f"octahedron_hull: octahedron must be a tensor, got {type(octahedron).__name__}")
+    for name, number in (("max_rows", max_rows), ("pivots", pivots)):
+        if number is not None and not isinstance(number, int):
+            raise TypeError(f"octahedron_hull: {name} must be an integer, got {number!r}")
+    k = octahedron.shape[-1] - 1 if octahedron.dim() > 0 else 0
     room = DEFAULT_ROWS.get(k, 0) if max_rows is None else max_rows
     rows: Tensor = _C.octahedron_hull(
         octahedron, room, DEFAULT_PIVOTS.get(k, 0) if pivots is None else pivots
