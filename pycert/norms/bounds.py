@@ -17,8 +17,9 @@ from pycert.norms.operator import Operator
 
 #: Floating-point operations that one sample, and one operator without masks or with whole channels dead, may cost.
 BUDGETS = {"normal": (3e9, 2e11), "high": (4e11, 2e12)}
-#: Of a bound over an estimate from below: where frequencies do better nothing more is spent.
-_NEAR = 1.01
+#: Of a bound over an estimate from below: where frequencies do better nothing more is spent. Without masks, and with
+#: channels dropped, which is done for every pattern of channels anew.
+_NEAR = (1.01, 1.05)
 #: An operator with this many elements or fewer is written out as a matrix.
 _EXPLICIT = 2**21
 #: Patterns of live channels that are bounded each on its own; beyond, unions of several.
@@ -221,7 +222,7 @@ def _band_bound(operator: Operator, rows: Tensor, columns: Tensor, budget: float
     return torch.stack([band.bound(*masks) for band, masks in chosen]).amax()
 
 
-def _near(operator: Operator, bound: Tensor) -> bool:
+def _near(operator: Operator, bound: Tensor, factor: float) -> bool:
     """Whether an estimate of the norm from below is so close that no better bound need be looked for."""
 
     def times(flat: Tensor) -> Tensor:
@@ -231,12 +232,12 @@ def _near(operator: Operator, bound: Tensor) -> bool:
     for n in operator.input_shape:
         count *= n
     estimate = max(largest_eigenvalue(times, count, operator.weight.device), 0.0) ** 0.5
-    return bool(bound <= _NEAR * estimate)
+    return bool(bound <= factor * estimate)
 
 
-def _unmasked(operator: Operator, bound: Tensor, budget: float) -> Tensor:
+def _unmasked(operator: Operator, bound: Tensor, budget: float, near: float) -> Tensor:
     """The bound, or where it is loose a better one that the budget allows; small images under large kernels need it."""
-    if _near(operator, bound):
+    if _near(operator, bound, near):
         return bound
     rows, columns = (
         operator.weight.new_ones(*shape) for shape in (operator.output_shape, operator.input_shape)
@@ -333,7 +334,9 @@ def _channel_bound(operator: Operator, pattern: Tensor, budget: float) -> Tensor
         )
     else:
         scaled = weight * (out[:, None] * expanded)[..., None, None]
-    bound = _unmasked(Operator(scaled, geometry), frequency_bound(Operator(scaled, geometry)), budget)
+    bound = _unmasked(
+        Operator(scaled, geometry), frequency_bound(Operator(scaled, geometry)), budget, _NEAR[1]
+    )
     # Weights are rounded twice: by gamma_4 |W|, whose operator norm is at most sqrt(||.||_1 ||.||_inf) of |W|.
     again = Operator(scaled, geometry)
     schur = (largest_sum(again, None, None, 1, 1) * largest_sum(again, None, None, 1, torch.inf)).sqrt()[0]
@@ -377,4 +380,4 @@ def global_bound(operator: Operator, effort: str) -> Tensor:
     best = frequency_bound(operator)
     for extra in range(1, 4) if effort == "high" else ():
         best = torch.minimum(best, frequency_bound(operator, extra))
-    return _unmasked(operator, best, BUDGETS[effort][1])
+    return _unmasked(operator, best, BUDGETS[effort][1], _NEAR[0])
