@@ -17,6 +17,7 @@ from lipschitz_nets import NETWORKS, balls, networks, operator_norm, trained
 from pycert import lipschitz
 from pycert.lipschitz import pullback, states
 from pycert.lipschitz.slopes import _RANGES, hypotenuse_range, slope_range
+from pycert.lipschitz.walk import Settings, Walk
 
 PS = [1, 2, math.inf]
 
@@ -329,6 +330,29 @@ def test_the_hypotenuse_of_one_number(after):
     exact = torch.func.jacrev(lambda z: net(z))(torch.tensor(0.05).double())
     assert exact * (1 - 1e-12) <= lipschitz.local_bound(bm, region).item() <= exact * 1.1
     assert exact * (1 - 1e-12) <= lipschitz.jacobian_bound(bm, region).constant().item() <= exact * 1.1
+
+
+def test_the_far_threshold_of_a_ramp_is_no_infinite_slope():
+    """SmoothRamp's softplus jumps by exp(-80) at 80 of its widths: an error, also in real arithmetic, and no slope."""
+    net = nn.Sequential(nn.Linear(1, 2), pycert.nn.SmoothRamp("softplus", 0.1), nn.Linear(2, 2)).double()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        net[0].bias.copy_(torch.tensor([8.0, -8.0]))
+        net[2].weight.copy_(torch.tensor([[1e30, 0.0], [0.0, 1.0]]))  # enlarges the jump to what is seen
+        net[2].bias.zero_()
+    bm = pycert.BoundedModule(net, torch.empty(1, 1).double())
+    x = torch.zeros(1, 1).double()
+    region = pycert.LpBall(x, 0.5, 2)
+    assert lipschitz.local_bound(bm, region) <= lipschitz.global_bound(bm).value * 1.01 < math.inf
+    assert lipschitz.jacobian_bound(bm, region).constant(2).isfinite().all()
+    finder = Walk(bm.net, bm.graph, bm._tensors(), Settings(), 1)
+    # exp(-80), twice, of one width, for both neurons
+    expected = 2 * math.exp(-80) * 0.1 * math.sqrt(2)
+    assert finder.lengths(finder.graph.output - 1).lengths[0, 1].item() == pytest.approx(expected, rel=1e-6)
+    found = bm.bound(region, "lipschitz", soundness="real")
+    for point in torch.linspace(-0.49, 0.49, 41).double():
+        value = net(point.view(1, 1))
+        assert (found.lower <= value).all() and (value <= found.upper).all()
 
 
 def test_certificates_use_the_three_states(monkeypatch):

@@ -296,7 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
             row = {"set": name, "activation": activation, "width": width, "seed": seed}
             started = time.perf_counter()
             found = next((one for one in known if row.items() <= one.items()), None)
-            if found is None or (seed == args.seeds[0] and width == args.widths[-1]):
+            drawn = not args.no_plot and seed == args.seeds[0] and width == args.widths[-1]
+            if found is None or drawn:
                 train(net, *data["train"], args.eps, args.steps)
             if found is None:
                 found = row | measure(net, data, args.eps, tuple(args.methods))

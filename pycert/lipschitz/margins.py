@@ -98,9 +98,8 @@ def bounds_of_rows(
     whole = ThreeState(walk).of_rows(table) * walk.radius[:, None] * UP
     change = [torch.minimum(part, whole) for part in change]
     size = dual_norm(through, p)
-    extra = rounding * reach[:, None]
+    extra = rounding * reach[:, None] + size * value.lengths[:, 1:] * UP
     if deployed:
-        extra = extra + size * value.lengths[:, 1:] * UP
         noise = walk._affine_noise(graph.output).flatten(1) if weight is not None else None
         if noise is not None:
             extra = extra + (table.abs() * noise[:, None, :]).sum(-1) * (1 + gamma(table.shape[-1] + 4)) * UP

@@ -14,6 +14,8 @@ from torch import Tensor
 
 #: Elementary functions are computed to a few units in the last place; this is far above.
 _SLACK = 1 + 1e-9
+#: Thresholds of softplus from here on are counted by :func:`softplus_jump`.
+_FAR = 64.0
 
 
 def _nearest_to_zero(lower: Tensor, upper: Tensor) -> Tensor:
@@ -52,9 +54,20 @@ def _elu(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor:
     return torch.where(lower < 0, torch.maximum(left, (upper > 0).double()), torch.ones_like(lower))
 
 
+def softplus_jump(attrs: dict[str, Any]) -> float:
+    """How far softplus with its threshold is from softplus at most, where that is far below any rounding, else 0.
+
+    From :data:`_FAR` on the jump at the threshold counts as an error of this size, not as a slope.
+    """
+    threshold = float(attrs.get("threshold", 20.0))
+    return math.exp(-threshold) * _SLACK + 1e-300 if threshold >= _FAR else 0.0
+
+
 def _softplus(lower: Tensor, upper: Tensor, attrs: dict[str, Any]) -> Tensor:
     # Beyond the threshold torch returns x: there the function jumps, and across the jump has no Lipschitz constant.
     threshold = float(attrs.get("threshold", 20.0))
+    if threshold >= _FAR:
+        return torch.sigmoid(upper) * _SLACK
     jumps = (lower <= threshold) & (upper >= threshold) & (lower < upper)
     slope = torch.where(lower > threshold, torch.ones_like(upper), torch.sigmoid(upper) * _SLACK)
     return torch.where(jumps & torch.isfinite(lower), torch.full_like(slope, math.inf), slope)

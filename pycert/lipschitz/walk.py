@@ -1,9 +1,10 @@
 """One pass over a traced network: Lipschitz constants of every value, with the boxes that decide what may vary.
 
 Every value ``z`` carries a length ``K`` with ``||z(x) - z(y)||_p <= K ||x - y||_p`` for all inputs of the region, and a
-second one, ``E``: how far an execution in the network's own floating point may be from ``z``. Both grow by the same
-norms. An affine layer is *open* until something other than an elementwise function reads it: slopes of activations
-collect as a diagonal on its rows, and ``||D W S||`` is asked for once, with the support ``S`` of the layer's input.
+second one, ``E``: how far an execution in the network's own floating point may be from ``z`` (in real arithmetic: how
+far a softplus with a threshold is from one without). Both grow by the same norms. An affine layer is *open* until
+something other than an elementwise function reads it: slopes of activations collect as a diagonal on its rows, and
+``||D W S||`` is asked for once, with the support ``S`` of the layer's input.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from pycert.graph import Graph
 from pycert.graph.ir import ACTIVATIONS, Node
 from pycert.lipschitz.blocks import known_blocks
-from pycert.lipschitz.slopes import ELEMENTARY, largest_slope
+from pycert.lipschitz.slopes import ELEMENTARY, largest_slope, softplus_jump
 from pycert.norms.arithmetic import UP, exact_double, gamma, root, with_gradient
 from pycert.norms.bounds import cached, upper_norm
 from pycert.norms.operator import Geometry, Operator
@@ -235,10 +236,13 @@ class Walk:
         if found is None:
             raise UnsupportedBound(f"method 'lipschitz' has no slopes for '{node.op}' at '{node.path}'")
         noise = None
+        jump = softplus_jump(attrs) if node.op == "softplus" else 0.0
         if self.settings.deployed and node.op in ELEMENTARY:
             noise = 64 * self._roundoff() * self.size(i).clamp(min=1)
         elif self.settings.deployed and node.op in ("leaky_relu", "prelu", "square"):
             noise = self._network_gamma(2) * self.size(i) + self._tiny()
+        if jump > 0:  # twice: the value at the centre has it, too
+            noise = 2 * jump * torch.ones_like(found) if noise is None else noise + 2 * jump
         return found, noise
 
     def _selection_slope(self, i: int, source: int) -> Tensor:
