@@ -1,6 +1,7 @@
 """What benchmarks/gpu_suite.py runs on the GPU: small cases for the sanitizers, and the figures of the issue.
 
     python -m benchmarks.gpu_cases small            # every kernel once, on shapes with ragged ends
+    python -m benchmarks.gpu_cases check            # the check before the first use of a device, and its time
     python -m benchmarks.gpu_cases choices          # both ways to form products, for pycert/gpu_choices.json
     python -m benchmarks.gpu_cases measure FILE     # figures as lines of JSON, each written as soon as it is known
 
@@ -40,9 +41,12 @@ FIGURES = {
     "back-substitution step 8192 rows through 2048x2048: share of roof": "50 %",
     "k-ReLU hulls, k = 3": "1e5 groups/s",
     "masked power iteration, cifar 6C2F's widest convolution, batch 64 / two convolutions a step": "not slower",
+    "back-substitution step 4096 windows of 64x9x9 through 64x64x3x3: share of roof": "50 %",
 }
 #: Rows, terms and columns at which both ways to form a product are timed.
 SHAPES = [(64, 512, 512), (256, 4096, 4096), (1024, 784, 1024), (8192, 2048, 2048), (32768, 256, 3072)]
+#: Rows, side of their windows, channels of a layer and of its input: both ways through a convolution are timed.
+WINDOWS = [(4096, 9, 64, 64), (4096, 20, 64, 3), (1024, 16, 128, 128)]
 
 
 # ---- sanitizers -----------------------------------------------------------------------------------------------------
@@ -155,6 +159,52 @@ def choice_times() -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
+def through_convolution(
+    rows: int, side: int, channels: int, before: int, dtype: torch.dtype, device: str = "cuda"
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Windows through a ReLU and its 3x3 convolution: in one pass, and in two."""
+    operators = torch.ops.pycert
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    window, extent = [0, side, side, 1, 0, 1, 0], [channels, side, side]
+    after, after_extent = [0, side + 2, side + 2, 1, -1, 1, -1], [before, side, side]
+    zeros = torch.zeros(rows, dtype=torch.int64, device=device)
+    line = [random(1, channels * side**2).abs() for _ in range(4)]
+    given = (
+        random(rows, channels, side, side),
+        None,
+        2**62,
+        zeros,
+        zeros.unsqueeze(1).repeat(1, 2),
+        window,
+        extent,
+    )
+    weight = random(channels, before, 3, 3)
+    unit, none = [1, 1], [0, 0]
+
+    def at_once() -> Any:
+        geometry = (unit, unit, unit, 1, after, after_extent)
+        return operators.relax_convolution(*given, *line, None, None, None, weight, *geometry, None, None, 0)
+
+    def in_steps() -> Any:
+        relaxed, sums = operators.relax_rows(*given, *line, None, None, None)
+        return operators.rows_convolution(relaxed, weight, unit, none, unit, none, 1, True, None), sums
+
+    return at_once, in_steps
+
+
+def convolution_choices() -> Iterator[dict[str, Any]]:
+    """As choice_times, for rows through convolutions; the shape is that of the product which one is."""
+    for dtype, (rows, side, channels, before) in itertools.product((torch.float32, torch.float64), WINDOWS):
+        at_once, in_steps = through_convolution(rows, side, channels, before, dtype)
+        found = {"own": seconds(at_once, 0.3), "other": seconds(in_steps, 0.3)}
+        name, shape = str(dtype).removeprefix("torch."), [before, 9 * channels, rows * side**2]
+        yield {"operator": "relax_convolution", "dtype": name, "shape": shape, **found}
+        torch.cuda.empty_cache()
+
+
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +267,9 @@ def back_substitution_figure() -> Iterator[dict[str, Any]]:
     mine = seconds(lambda: product(rows, weight, None, None, None))
     roofs = pycert.profiling.measured_roofs("cuda", torch.float32, torch.get_num_threads())
     yield figure(list(FIGURES)[8], 2 * 8192 * 2048**2 / mine / roofs.rate, "%", pycert=mine, rate=roofs.rate)
+    mine = seconds(through_convolution(4096, 9, 64, 64, torch.float32)[0])
+    work = 2 * 4096 * 81 * 64 * 64 * 9
+    yield figure(list(FIGURES)[11], work / mine / roofs.rate, "%", pycert=mine, rate=roofs.rate)
 
 
 def family_figures() -> Iterator[dict[str, Any]]:
@@ -341,7 +394,7 @@ def measure(path: pathlib.Path, peers: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the small cases or the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_cases")
-    parser.add_argument("what", choices=("small", "choices", "measure"))
+    parser.add_argument("what", choices=("small", "check", "choices", "measure"))
     parser.add_argument("file", type=pathlib.Path, nargs="?", help="of the figures")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
     args = parser.parse_args(arguments)
@@ -353,10 +406,16 @@ def main(arguments: list[str] | None = None) -> int:
     if args.what == "small":
         print(small_cases("cuda") + family_cases("cuda"), "small cases done")
         torch.cuda.synchronize()
+    elif args.what == "check":
+        from pycert import _cuda_check
+
+        start = time.perf_counter()
+        _cuda_check.run(torch.device("cuda"))
+        print(f"every kernel and method agrees with the processor's, in {time.perf_counter() - start:.1f} s")
     elif args.what == "choices":
         from pycert import _choices
 
-        _choices.save(torch.cuda.get_device_name(), list(choice_times()))
+        _choices.save(torch.cuda.get_device_name(), [*choice_times(), *convolution_choices()])
         print("written:", _choices.PATH)
     elif args.file is None:
         parser.error("measure needs a file")

@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu_suite [--out FOLDER] [--minutes 10] [--peer auto_LiRPA=PATH]
 
-Builds pycert in place against the torch that runs it, then `pytest -m cuda`, compute-sanitizer's memcheck and
-racecheck on small cases, the times that choose between pycert's kernels and the library's (written to
-pycert/gpu_choices.json), and the benchmarks, each against the roofs that the card shows in the same run. Needs no
-network. Stages share the time given: what no longer fits is left out and said so. Results go to FOLDER (default
-benchmarks/results) as gpu.json and gpu.md; figures that were not measured are written as such, never guessed.
+Builds pycert in place against the torch that runs it, then the check that every process makes before it first uses
+kernels that never ran on a GPU (pycert/_cuda_check.py; the other stages leave it out), `pytest -m cuda`,
+compute-sanitizer's memcheck and racecheck on small cases, the times that choose between pycert's kernels and the
+library's (written to pycert/gpu_choices.json), and the benchmarks, each against the roofs that the card shows in the
+same run. Needs no network. Stages share the time given: what no longer fits is left out and said so. Results go to
+FOLDER (default benchmarks/results) as gpu.json and gpu.md; figures that were not measured are written as such, never
+guessed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ NOT_MEASURED = "not yet measured on a GPU"
 #: Stage: most seconds it may take, and whether a failure ends the run.
 STAGES = {
     "build": (420, True),
+    "check": (60, False),
     "tests": (150, False),
     "sanitizer": (90, False),
     "choices": (45, False),
@@ -154,6 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     figures = args.out / "gpu_figures.jsonl"
     commands = {
         "build": [build_command()],
+        "check": [[sys.executable, "-m", "benchmarks.gpu_cases", "check"]],
         "tests": [test_command()],
         "sanitizer": sanitizer_commands(),
         "choices": [[sys.executable, "-m", "benchmarks.gpu_cases", "choices"]],

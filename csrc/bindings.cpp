@@ -366,7 +366,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return false;
 #endif
   });
-  m.def("untested_cuda_kernels", &untested_cuda_kernels, "CUDA kernels that never ran on a GPU");
+  m.def("untested_cuda_kernels", &untested_cuda_kernels, "CUDA kernels whose authors never ran them on a GPU");
+  m.def("set_cuda_check", [](py::function check) {
+    set_cuda_check([check = std::move(check)] {
+      const py::gil_scoped_acquire held;
+      try {
+        return check().cast<bool>();
+      } catch (py::error_already_set& error) {  // it may cross threads that know nothing of the interpreter
+        TORCH_CHECK(false, error.what());
+      }
+    });
+  });
+  m.def("check_cuda_kernels", &check_cuda_kernels, py::call_guard<py::gil_scoped_release>());
   using Way = std::tuple<std::string, bool, std::array<int64_t, 3>, double, double>;
   m.def("set_choices", [](const std::string& device, const std::vector<Way>& all) {
     std::vector<MeasuredWays> measured;

@@ -10,6 +10,7 @@ check_build()
 
 # torch must be loaded before the compiled module, which the check has done.
 from pycert import _C as _C
+from pycert import _cuda_check as _cuda_check
 from pycert import attacks, krelu, nn, ops, plot, train
 from pycert._version import __version__
 from pycert.activations import register_activation

@@ -550,6 +550,7 @@ def _check_device(device: torch.device) -> None:
             "the CUDA toolkit and build pycert again (PYCERT_CUDA=1 says what is missing)"
         )
     if device.type == "cuda":
+        _C.check_cuda_kernels()
         _choices.load()
 
 

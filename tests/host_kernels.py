@@ -74,6 +74,22 @@ def tables() -> tuple[int, int]:
 
 
 @contextlib.contextmanager
+def broken(name: str, float64: bool = False) -> Iterator[None]:
+    """As `replaced`, with one kernel of the float32 (or float64) table that does nothing, or what ``name`` says."""
+    library = ctypes.CDLL(str(build()))
+    made = library.pycert_shim_broken_double if float64 else library.pycert_shim_broken_float
+    made.restype, made.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+    table = made(name.encode())
+    assert table is not None, f"no kernel {name!r} to break"
+    whole = tables()
+    _C.testing_replace_kernels(*((whole[0], table) if float64 else (table, whole[1])))
+    try:
+        yield
+    finally:
+        _C.testing_replace_kernels(0, 0)
+
+
+@contextlib.contextmanager
 def captured() -> Iterator[None]:
     """As `replaced`, and the engine believes that its calls are recorded into a graph, so that nothing may wait."""
     library = ctypes.CDLL(str(build()))

@@ -4,16 +4,16 @@ determinism, running out of memory."""
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import host_kernels
 import pycert
 from hulls import FAMILIES, ExactHull, box_of, limits
-from pycert import _C
+from pycert import _C, _cuda_check
 from test_cuda_host import CONVOLUTIONS, EXTENT, NETS, WINDOWS, boxes, draw, lines, rounding, rows_of
 from test_krelu import as_dtype
 
@@ -24,8 +24,6 @@ WHY_NOT = (
     if not _C.has_cuda()
     else "torch sees no GPU"
     if not torch.cuda.is_available()
-    else "the kernels never ran on a GPU; PYCERT_CUDA_UNTESTED=1 turns them on"
-    if _C.untested_cuda_kernels() and os.environ.get("PYCERT_CUDA_UNTESTED") != "1"
     else ""
 )
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
@@ -218,7 +216,35 @@ def test_work_goes_to_the_current_stream():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
+def test_a_training_step_is_captured_in_a_graph(method):
+    """Bounds and gradients of the weights, replayed on other values."""
+    bm, x = bounded("conv", torch.float32, "cuda")
+    lower, upper = (x - 0.05).clone(), (x + 0.05).clone()
+    native = bm._native(method, pycert.options.parse(method, {"memory": "1GiB"}, ()), True, x.device)
+    weights = list(bm.parameters())
+
+    def step():
+        low, high, *_ = bm._program.bound(
+            bm.graph.tensors(), [(lower, upper, None, None, 0, False)], native, None
+        )
+        return torch.autograd.grad((high - low).sum(), weights)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    lower.add_(0.1)
+    upper.add_(0.15)
+    graph.replay()
+    compare(step(), captured, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "forward", "crown"])
 def test_methods_without_waiting_are_captured_in_a_graph(method):
     bm, x = bounded("conv", torch.float32, "cuda")
     lower, upper = (x - 0.05).clone(), (x + 0.05).clone()
@@ -284,6 +310,35 @@ def test_no_row_of_a_hull_is_violated(k, count, dtype):
     rows, number = pycert.ops.krelu_hull(lower, upper, A, torch.tensor(np.stack(chosen), dtype=dtype).cuda())
     for limit, mine, n in zip(chosen, rows.cpu().double().numpy(), number.tolist(), strict=True):
         assert ExactHull(limit).violated(mine[:n]) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("end", [None, 0, 1, 2], ids=["rows", "box", "ball of l1", "ball of l2"])
+def test_one_pass_through_a_convolution(window, dtype, end):
+    """As the activation and the transposed convolution one after another, on the processor."""
+    data, pick, negative, sample, position = rows_of(window, dtype, False)
+    weight, after = draw(3, 4, 3, 3, seed=18, dtype=dtype), [4, 5, 6]
+    line = (*lines(dtype), draw(90, seed=15, dtype=dtype), draw(2, 90, seed=16, dtype=dtype).abs(), None)
+    layout = WINDOWS[window]
+    to = (
+        layout
+        if layout[0]
+        else [0, layout[1] + 2, layout[2] + 2, layout[3], layout[4] - 1, layout[5], layout[6] - 1]
+    )
+    ends = (None, None, 0)
+    if end is not None:
+        lower, upper = boxes(2, 120, dtype=dtype)
+        ends = (lower, upper if end == 0 else torch.tensor([0.5, 0.0], dtype=dtype), end)
+    arguments = (data, pick, negative, sample, position, layout, EXTENT, *line, weight, [1, 1], [1, 1], [1, 1], 1, to, after, *ends)  # fmt: skip
+    with host_kernels.replaced():
+        expected = OPS.relax_convolution(*arguments)
+    found = OPS.relax_convolution(*[moved(a) for a in arguments])
+    compare(expected, tuple(t.cpu() for t in found), 1e-4 if dtype == torch.float32 else 1e-11, 90.0)
+
+
+def test_the_check_before_the_first_use_passes():
+    _cuda_check.run(torch.device("cuda"))
 
 
 def test_tensors_on_two_devices_are_refused():

@@ -7,7 +7,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import host_kernels
 import pycert
@@ -65,6 +67,62 @@ def test_the_concretised_rows_are_never_written():
     with host_kernels.replaced():
         found, _ = OPS.relax_product(data, pick, negative, sample, [1, 1, 90], *lines(torch.float32), None, None, None, draw(90, 300, dtype=torch.float32), lower, upper, 0)  # fmt: skip
     assert found.shape == (2, 5) and found.dtype == torch.float64
+
+
+#: Stride, padding, dilation, groups and channels of the layer's input; many channels take the wide tile.
+GEOMETRIES = {
+    "narrow": ([1, 1], [1, 1], [1, 1], 1, 4),
+    "wide, strided": ([2, 1], [1, 0], [1, 1], 1, 35),
+    "grouped, dilated": ([1, 2], [0, 1], [2, 1], 3, 6),
+}
+
+
+@pytest.mark.parametrize("source", [False, True], ids=["own", "source"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_one_pass_through_a_convolution_gives_what_two_give(name, window, dtype, source):
+    """Rows over three channels of 5x6, with one left out, through an activation and the convolution before it."""
+    stride, padding, dilation, groups, channels = GEOMETRIES[name]
+    layout, kernel = WINDOWS[window], (3, 2)
+    reach = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
+    after = [channels, *((EXTENT[i + 1] - 1) * stride[i] - 2 * padding[i] + reach[i] for i in (0, 1))]
+    size = EXTENT if layout[0] else [3, *layout[1:3]]
+    data = draw(4 if source else 7, *size, seed=8, dtype=dtype)
+    pick = torch.arange(7) * 3 % 4 if source else None
+    sample, marked = torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, -1, 1, 1, 1, 1])
+    position = None if layout[0] else torch.stack([torch.arange(7) % 4, torch.arange(7) % 3], 1)
+    negative = 5 if source else 2**62
+    line = (*lines(dtype), draw(90, seed=15, dtype=dtype), draw(2, 90, seed=16, dtype=dtype).abs(), None)
+    weight = draw(3, channels // groups, *kernel, seed=17, dtype=dtype)
+    to = WINDOWS["dense"]
+    if not layout[0]:
+        moved = [(layout[i] - 1) * stride[i - 1] + reach[i - 1] for i in (1, 2)]
+        to = [0, *moved, layout[3] * stride[0], layout[4] * stride[0] - padding[0], layout[5] * stride[1], layout[6] * stride[1] - padding[1]]  # fmt: skip
+    relaxed, sums = OPS.relax_rows(data, pick, negative, sample, position, layout, EXTENT, *line)
+    images = relaxed.view(7, *size).double()
+    around = padding if layout[0] else 0
+    plain = F.conv_transpose2d(
+        images, weight.double(), stride=stride, padding=around, dilation=dilation, groups=groups
+    )
+    before = (data, pick, negative, marked, position, layout, EXTENT, *line, weight)
+    kept = (None, 2**62, sample, position, to)
+    here = OPS.relayout_rows(plain.to(dtype), *kept, to, after)  # without what lies outside the image
+    lower, upper = boxes(2, math.prod(after), dtype=dtype)
+    eps = torch.tensor([0.5, 0.0], dtype=dtype)
+    wanted = marked >= 0
+    terms = weight.numel() // channels * groups
+    for end in (None, (lower, upper, 0), (lower, eps, 1), (lower, eps, 2)):
+        with host_kernels.replaced():
+            found, found_sums = OPS.relax_convolution(*before, stride, padding, dilation, groups, to, after, *(end or (None, None, 0)))  # fmt: skip
+        compare((sums[:, wanted],), (found_sums[:, wanted],), 1e-12, 90.0)
+        assert (found_sums[:, ~wanted] == 0).all()
+        if end is None:
+            mine = OPS.relayout_rows(found, *kept, to, after)
+            compare((here[wanted],), (mine[wanted],), rounding(dtype, terms), 10.0)
+            continue
+        expected = OPS.concretize_rows(here, *kept, after, *end)
+        compare((expected[:, wanted],), (found[:, wanted],), 1e-10 if dtype == torch.float64 else 1e-3, 90.0)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -154,6 +212,108 @@ def test_the_fused_pass_is_taken_and_can_be_chosen_against():
             compare(expected, found, 1e-5)
     finally:
         _C.set_choices("cuda", [])
+
+
+def deep_net(seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """Six layers whose later neurons are often decided on the way."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 20, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(320, 12), nn.ReLU(), nn.Linear(12, 3)]  # fmt: skip
+    return nn.Sequential(*layers), torch.rand(2, 2, 8, 8)
+
+
+def test_convolutions_are_passed_at_once_and_can_be_chosen_against():
+    net, x = deep_net()
+    bm = pycert.BoundedModule(net, x[:1])
+
+    def kernels() -> tuple[set[str], list[Tensor]]:
+        with torch.no_grad(), host_kernels.replaced(), pycert.profile() as p:
+            found = bm.bound(pycert.LpBall(x, eps=0.01), method="crown")
+        return {entry.kernel for entry in p.entries if entry.phase == "back-substitution"}, list(found)
+
+    fused, expected = kernels()
+    assert "relax_convolution" in fused and not fused & {"relax", "concretize"}
+    try:
+        _C.set_choices("cpu", [("relax_convolution", False, (4, 54, 1000), 2.0, 1.0)])
+        named, found = kernels()
+        assert {"relax", "concretize"} <= named and "relax_convolution" not in named
+        compare(expected, found, 1e-5)
+    finally:
+        _C.set_choices("cuda", [])
+
+
+class LeftOut(TorchDispatchMode):
+    """How many rows every pass over an activation leaves out, of how many, in order, and whether they stand last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, int, bool]] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._schema.name in ("pycert::relax_rows", "pycert::relax_product", "pycert::relax_convolution"):
+            left = args[3] < 0
+            self.calls.append((int(left.sum()), len(left), not (left[:-1] & ~left[1:]).any()))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("soundness", ["deployed", "none"])
+@pytest.mark.parametrize("eps", [0.003, 0.02])
+def test_rows_whose_sign_is_known_are_left_out_of_what_follows(eps, soundness):
+    """More and more of a walk's rows; the bounds are as tight as those of whole walks, and hold."""
+    net, x = deep_net()
+    bm, region = pycert.BoundedModule(net, x[:1]), pycert.LpBall(x, eps=eps)
+    with torch.no_grad():
+        with host_kernels.replaced(), LeftOut() as whole:
+            expected = tuple(bm.bound(region, method="crown", soundness=soundness))
+        with host_kernels.captured(), LeftOut() as cut:
+            found = tuple(bm.bound(region, method="crown", soundness=soundness))
+            layers = bm.layer_bounds(region, method="crown", soundness=soundness)
+    assert not any(left for left, *_ in whole.calls)
+    pairs = [(a, b) for a, b in zip(cut.calls, cut.calls[1:]) if a[1] == b[1] and b[0] > a[0]]
+    grown = [b[0] - a[0] for a, b in pairs]
+    assert len(grown) >= 3 and sum(grown) > 20
+    assert sum(after[2] for _, after in pairs) >= 3  # those of one walk; two calls may also be of two
+    compare(expected, found, 1e-5 if soundness == "deployed" else 1e-6)
+    points = x + (2 * torch.rand(300, *x.shape) - 1) * eps * 0.999
+    outputs = net(points.flatten(0, 1)).view(300, *found[0].shape)
+    assert (found[0] <= outputs).all() and (outputs <= found[1]).all()
+    with torch.no_grad(), host_kernels.replaced():
+        for path, bounds in bm.layer_bounds(region, method="crown", soundness=soundness).items():
+            compare((bounds.lower, bounds.upper), (layers[path].lower, layers[path].upper), 1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """The operations that bring a value to the host, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._schema.name in (
+            "aten::_local_scalar_dense",
+            "aten::nonzero",
+            "aten::equal",
+            "aten::is_nonzero",
+        ):
+            self.found.append(op._schema.name)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "forward"])
+@pytest.mark.parametrize("name", NETS)
+def test_a_training_step_never_waits(name, method):
+    """Bounds and their gradients, as while a graph is recorded: nothing asks for a value."""
+    bm, x = bounded(name, torch.float32)
+    lower, upper = x - 0.05, x + 0.05
+    options = pycert.options.parse(method, {"memory": "1GiB"}, ())
+    native = bm._native(method, options, True, x.device)
+    with host_kernels.captured(), Reads() as reads:
+        low, high, *_ = bm._program.bound(
+            bm.graph.tensors(), [(lower, upper, None, None, 0, False)], native, None
+        )
+        (high - low).sum().backward()
+    assert reads.found == []
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in bm.parameters())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -64,10 +64,10 @@ struct PixelOperand {
   }
 };
 
-template <typename T, bool kDual>
+template <typename T, bool kDual, bool kNarrow>
 __global__ void __launch_bounds__(kThreads)
     convolution_kernel(const cpu::DualConvolutionArgs<T> a, const Ending<T> ending) {
-  using Shape = Tile<T, kDual>;
+  using Shape = Tile<T, kDual, kNarrow>;
   const int64_t channels = a.out_channels / a.groups, taps = a.kernel_y * a.kernel_x;
   const int64_t count = a.in_channels / a.groups * taps, pixels = a.out_height * a.out_width;
   const int64_t down = (channels + Shape::kRows - 1) / Shape::kRows;
@@ -98,20 +98,26 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+template <typename T, bool kDual, bool kNarrow>
+cudaError_t run(const cpu::DualConvolutionArgs<T>& a, cudaStream_t stream) {
+  using Shape = Tile<T, kDual, kNarrow>;
+  const int64_t channels = a.out_channels / a.groups, columns = a.batch * a.out_height * a.out_width;
+  const int64_t tiles =
+      (channels + Shape::kRows - 1) / Shape::kRows * ((columns + Shape::kColumns - 1) / Shape::kColumns) * a.groups;
+  return launch(convolution_kernel<T, kDual, kNarrow>, blocks_for(tiles, 1), kThreads, stream, a,
+                Ending<T>(a.enclosure));
+}
+
 }  // namespace
 
 template <typename T>
 cudaError_t convolve(const cpu::DualConvolutionArgs<T>& a, cudaStream_t stream) {
-  const bool dual = a.radius != nullptr;
-  const int64_t height = dual ? Tile<T, true>::kRows : Tile<T, false>::kRows;
-  const int64_t width = dual ? Tile<T, true>::kColumns : Tile<T, false>::kColumns;
-  const int64_t channels = a.out_channels / a.groups, columns = a.batch * a.out_height * a.out_width;
   const int64_t image = a.in_channels * a.height * a.width, taps = a.in_channels * a.kernel_y * a.kernel_x;
   if (a.out_height * a.out_width > kLongestRow || image > kLongestRow || taps > kLongestRow)
     return cudaErrorInvalidValue;  // positions within an image are 32-bit
-  const int64_t tiles = (channels + height - 1) / height * ((columns + width - 1) / width) * a.groups;
-  return launch(dual ? convolution_kernel<T, true> : convolution_kernel<T, false>, blocks_for(tiles, 1), kThreads,
-                stream, a, Ending<T>(a.enclosure));
+  if (a.radius != nullptr) return run<T, true, false>(a, stream);
+  const bool narrow = a.out_channels / a.groups <= Tile<T, false, true>::kRows;
+  return narrow ? run<T, false, true>(a, stream) : run<T, false, false>(a, stream);
 }
 
 PYCERT_CUDA_INSTANTIATE(convolve, cpu::DualConvolutionArgs)

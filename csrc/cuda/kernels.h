@@ -10,8 +10,7 @@
 #endif
 
 #include "core/relaxation.h"
-#include "cpu/kernels.h"
-#include "cpu/relaxation.h"
+#include "cpu/device_kernels.h"
 
 namespace pycert::cuda {
 
@@ -55,6 +54,10 @@ template <typename T>
 cudaError_t relax(const cpu::RelaxArgs<T>& a, cudaStream_t stream);
 template <typename T>
 cudaError_t relax_product(const cpu::RelaxProductArgs<T>& a, cudaStream_t stream);
+template <typename T>
+cudaError_t relax_convolution(const cpu::RelaxConvolutionArgs<T>& a, cudaStream_t stream);
+template <typename T>
+int64_t relax_convolution_scratch(const cpu::RelaxConvolutionArgs<T>& a);
 template <typename T>
 cudaError_t dot(const cpu::DotArgs<T>& a, cudaStream_t stream);
 template <typename T>

@@ -51,6 +51,8 @@ struct TableOf {
     t.main.krelu_hull = on_stream<&krelu_hull<T>>;
     t.main.krelu_scratch = krelu_scratch;
     t.main.is_captured = Run::is_captured;
+    t.relax_convolution = on_stream<&relax_convolution<T>>;
+    t.relax_convolution_scratch = relax_convolution_scratch<T>;
     using Arguments = cpu::ActivationArguments<T>;
     t.relu_relaxation = Whole<&relu_relaxation<T>, const T*, const T*, Slope, T*, T*, T*, int64_t>::run;
     t.relu_relaxation_backward = Whole<&relu_relaxation_backward<T>, const T*, const T*, Slope, const T*, const T*,

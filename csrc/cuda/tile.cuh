@@ -10,10 +10,11 @@
 
 namespace pycert::cuda {
 
-// Rows and columns that a thread holds: 64 sums in both halves, so that nothing spills.
-template <typename T, bool kDual>
+// Rows and columns that a thread holds: 64 sums in both halves, so that nothing spills. A narrow tile is for few rows,
+// as a convolution back to three channels has.
+template <typename T, bool kDual, bool kNarrow = false>
 struct TileShape {
-  static constexpr int kRows = sizeof(T) == 4 ? 8 : 4, kColumns = kDual ? 4 : 8;
+  static constexpr int kRows = kNarrow ? 1 : sizeof(T) == 4 ? 8 : 4, kColumns = kDual ? 4 : 8;
 };
 
 inline constexpr int kSide = 16;   // a block is kSide * kSide threads
@@ -28,9 +29,9 @@ __device__ inline bool all_left_out(const int64_t* sample, int64_t from, int64_t
   return combine<kThreads>(wanted ? 1 : 0, Larger()) == 0;
 }
 
-template <typename T, bool kDual>
+template <typename T, bool kDual, bool kNarrow = false>
 struct Tile {
-  using Shape = TileShape<T, kDual>;
+  using Shape = TileShape<T, kDual, kNarrow>;
   static constexpr int kRows = kSide * Shape::kRows, kColumns = kSide * Shape::kColumns;
   static constexpr int kPad = 16 / sizeof(T);  // rows stay aligned to 16 bytes, and columns leave one bank
   struct Shared {

@@ -15,6 +15,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -533,6 +534,7 @@ void Walk::underflow(int64_t i, double terms) {
 
 void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
   const Node& node = context_.program().node(input);
+  if (can_decide(activation, input, rows)) decide(activation, rows);
   if (any_needs_grad(rows.data)) rows = own(input, std::move(rows));
   // The affine node that feeds the activation alone is charged in the same pass over the rows.
   const bool fuse = (node.op == Op::Linear || node.op == Op::Conv) && node.consumers.size() == 1 && !stops(input) &&
@@ -554,6 +556,7 @@ void Walk::relax(int64_t activation, int64_t input, Lines lines, Rows rows) {
     }
   }
   if (fuse && node.op == Op::Linear && relax_at_once(input, lines, rows, index, bias, charge, lower_row)) return;
+  if (fuse && node.op == Op::Conv && convolve_at_once(input, lines, rows, index, bias, charge, lower_row)) return;
   auto [out, sums] =
       relax_rows(rows.data, rows.source, index, rows.window, node.extent(), lines.lower_slope, lines.lower_intercept,
                  lines.upper_slope, lines.upper_intercept, bias, charge, lower_row);
@@ -607,23 +610,120 @@ bool Walk::relax_at_once(int64_t input, const Lines& lines, const Rows& rows, co
       any_needs_grad(value_or_empty(optional_of(lines.lower_intercept))))
     return false;
   const std::optional<RowEnd> end = end_of(node.inputs[0]);
-  auto [out, sums] =
-      relax_product(rows.data, rows.source, index, node.extent(), lines.lower_slope, lines.lower_intercept,
-                    lines.upper_slope, lines.upper_intercept, bias, charge, lower_row, weight, end);
-  sums_ = sums_ + sums;
-  terms_ += 2.0 * double(node.numel);
-  underflow(input, 1);
   underflow(node.inputs[0], double(weight.size(0)));
+  return give_at_once(
+      input, end,
+      relax_product(rows.data, rows.source, index, node.extent(), lines.lower_slope, lines.lower_intercept,
+                    lines.upper_slope, lines.upper_intercept, bias, charge, lower_row, weight, end),
+      Window());
+}
+
+// What a pass over an activation and the layer before it gave: rows, or their end.
+bool Walk::give_at_once(int64_t input, const std::optional<RowEnd>& end, std::tuple<Tensor, RowSums> found,
+                        Window window) {
+  const int64_t before = context_.program().node(input).inputs[0];
+  auto& [out, sums] = found;
+  sums_ = sums_ + sums;
+  terms_ += 2.0 * double(context_.program().node(input).numel);
+  underflow(input, 1);
   if (end.has_value()) {
     value_ = value_ + out.select(0, 0);
     value_magnitude_ = value_magnitude_ + out.select(0, 1);
-    terms_ += double(context_.program().node(node.inputs[0]).numel);
+    terms_ += double(context_.program().node(before).numel);
     return true;
   }
   Rows next;
   next.data = out;
-  give(node.inputs[0], std::move(next));
+  next.window = window;
+  next.inside = window.dense;
+  give(before, std::move(next));
   return true;
+}
+
+// Where a window is after the transpose of a convolution.
+static Window moved(const Window& w, const Tensor& weight, const ConvGeometry& g) {
+  return Window{false,
+                (w.height - 1) * g.stride[0] + (weight.size(2) - 1) * g.dilation[0] + 1,
+                (w.width - 1) * g.stride[1] + (weight.size(3) - 1) * g.dilation[1] + 1,
+                w.stride_y * g.stride[0],
+                w.offset_y * g.stride[0] - g.padding[0],
+                w.stride_x * g.stride[1],
+                w.offset_x * g.stride[1] - g.padding[1]};
+}
+
+// As relax_at_once for a convolution, whose rows stay windows until these cover the image.
+bool Walk::convolve_at_once(int64_t input, const Lines& lines, const Rows& rows, const RowIndex& index,
+                            const Tensor& bias, const Tensor& charge, const Tensor& lower_row) {
+  const Node& node = context_.program().node(input);
+  const Node& before = context_.program().node(node.inputs[0]);
+  const Tensor weight = context_.weight(node);
+  const ConvGeometry& g = node.conv;
+  if (g.transposed || !has_relax_product(weight) || !pending_[size_t(input)].empty()) return false;
+  if (any_needs_grad(rows.data, weight, lines.lower_slope, lines.upper_slope, lines.upper_intercept) ||
+      any_needs_grad(value_or_empty(optional_of(lines.lower_intercept))))
+    return false;
+  const int64_t taps = weight.size(2) * weight.size(3);
+  const std::array<int64_t, 3> shape{
+      weight.size(1), weight.size(0) / g.groups * taps,
+      index.count() * (rows.window.dense ? before.shape[1] * before.shape[2] : rows.window.height * rows.window.width)};
+  if (takes_other_way("relax_convolution", weight.device(), weight.scalar_type(), shape)) return false;
+  Window to;
+  if (!rows.window.dense) to = moved(rows.window, weight, g);
+  if (!to.dense && to.height >= before.shape[1] && to.width >= before.shape[2]) to = Window();
+  const std::optional<RowEnd> end = end_of(node.inputs[0]);
+  underflow(node.inputs[0], double(weight.size(0) * taps));
+  return give_at_once(input, end,
+                      relax_convolution(rows.data, rows.source, index, rows.window, node.extent(), lines.lower_slope,
+                                        lines.lower_intercept, lines.upper_slope, lines.upper_intercept, bias, charge,
+                                        lower_row, weight, g, to, before.extent(), end),
+                      to);
+}
+
+// ---- rows whose sign is known --------------------------------------------------------------------------------------
+
+void Walk::drop_decided() {
+  const auto options = index_.sample.options();
+  order_ = at::arange(index_.count(), options);
+  decided_ = at::zeros({index_.count()}, options.dtype(at::kBool));
+  known_ = at::zeros({index_.count()}, context_.tensor_options());
+}
+
+// Where concretising costs less than what the rest of the walk would: not before its last layer.
+bool Walk::can_decide(int64_t activation, int64_t input, const Rows& rows) const {
+  if (!order_.defined() || slopes_ != nullptr || keep_linear_ || rows.unit() || any_needs_grad(rows.data)) return false;
+  if (rows.source.source.defined() || rows.source.negative_from < index_.count()) return false;
+  const Node& node = context_.program().node(input);
+  if (context_.program().node(activation).op != Op::Relu || !is_affine(node.op) || stops(node.inputs[0])) return false;
+  // other rows on their way would have to be sorted with these
+  return std::all_of(pending_.begin(), pending_.end(), [](const auto& parts) { return parts.empty(); });
+}
+
+// Leaves rows out that are positive over the activation's box alone, and sorts them behind the others; the activation
+// reads them in that order. (GPUPoly, Mueller et al. 2021, 4.2, which reads a counter from the device after each
+// layer.) A neuron that is negative needs neither of its rows; one that is positive keeps the upper one, on which the
+// charges of later layers depend.
+void Walk::decide(int64_t activation, Rows& rows) {
+  const Extent extent = context_.program().node(activation).extent();
+  const auto flat = [](const Tensor& t) { return t.reshape({t.size(0), -1}); };
+  const auto& [lower, upper] = centred_ ? context_.centred_box(activation) : context_.box(activation);
+  const Tensor value = concretize_box(rows.data, rows.source, index_, rows.window, extent, flat(lower), flat(upper));
+  const Tensor least = ends(value.select(0, 0), value.select(0, 1), terms_ + double(extent.numel()));
+  const int64_t half = index_.count() / 2;
+  const Tensor wanted = index_.marked.ge(0);
+  const Tensor positive = at::zeros_like(decided_).scatter(0, order_, least.gt(0).logical_and(wanted));
+  const Tensor is_negative = positive.narrow(0, half, half);
+  const Tensor found =
+      at::cat({positive.narrow(0, 0, half).logical_or(is_negative), is_negative}).index_select(0, order_);
+  known_ = at::where(found.logical_and(wanted), least, known_);
+  decided_ = decided_.logical_or(found.logical_and(wanted));
+  const Tensor marked = index_.marked.masked_fill(decided_, -1);
+  const Tensor now = marked.lt(0).to(at::kByte).argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const auto sorted = [&](Tensor& t) { t = t.index_select(-1, now); };
+  for (Tensor* t : {&order_, &decided_, &known_, &sums_, &value_, &value_magnitude_, &index_.sample}) sorted(*t);
+  index_.marked = marked.index_select(0, now);
+  if (index_.position.defined()) index_.position = index_.position.index_select(0, now);
+  segments_ = places_ = Tensor();
+  rows.source.source = now;
 }
 
 // Which rows kernels leave out, where every row has its own coefficients.
@@ -714,27 +814,18 @@ void Walk::conv(int64_t i, Rows rows) {
     next.source = rows.source;
     return give(node.inputs[0], std::move(next));
   }
-  const auto moved = [&](const Window& w) {
-    return Window{false,
-                  (w.height - 1) * g.stride[0] + (weight.size(2) - 1) * g.dilation[0] + 1,
-                  (w.width - 1) * g.stride[1] + (weight.size(3) - 1) * g.dilation[1] + 1,
-                  w.stride_y * g.stride[0],
-                  w.offset_y * g.stride[0] - g.padding[0],
-                  w.stride_x * g.stride[1],
-                  w.offset_x * g.stride[1] - g.padding[1]};
-  };
   const bool per_channel = !rows.scale.defined() || rows.scale.numel() == 1 || rows.scale.numel() == node.shape[0];
   if (rows.unit() && rows.at_start && index_.position.defined() && per_channel) {
     next.data = dilated(ungrouped(weight, g.groups, input.shape[0]), g.dilation);
     if (rows.scale.defined()) next.data = next.data * rows.scale.reshape({-1, 1, 1, 1});
     next.source = {rows.element.floor_divide(node.shape[1] * node.shape[2]), rows.source.negative_from};
-    next.window = moved({false, 1, 1, 1, 0, 1, 0});
+    next.window = moved({false, 1, 1, 1, 0, 1, 0}, weight, g);
     next.inside = false;
     return give(node.inputs[0], std::move(next));
   }
   rows = written(i, std::move(rows));
   if (!rows.window.dense) {
-    const Window window = moved(rows.window);
+    const Window window = moved(rows.window, weight, g);
     if (window.height >= height && window.width >= width) {
       rows = dense(i, std::move(rows));
     } else {
@@ -959,33 +1050,40 @@ void Walk::concretise(int64_t i, Rows rows) {
   }
 }
 
+// Sums of `terms` doubles: gamma_N(2^-53) of the magnitudes; charges are inflated for their own roundings.
+double Walk::error_of_sums(double terms) const {
+  return context_.sound() && enabled(Term::BacksubConstant) ? gamma(terms + 64, at::kDouble) : 0;
+}
+
+// Errors of the constants so far.
+Tensor Walk::constant_error(double terms) const {
+  at::NoGradGuard no_grad;
+  if (!context_.sound()) return at::zeros({index_.count()}, sums_.options());
+  const double lost = enabled(Term::Underflow) ? (terms + 64) * 0x1p-1021 : 0;  // products of doubles
+  const Tensor error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * error_of_sums(terms) + lost;
+  if (lost_sums_.empty()) return error;
+  Tensor of_samples;
+  if (sums_.is_cpu())
+    of_samples = at::stack(lost_sums_, 1).mv(at::tensor(lost_factors_, sums_.options()));
+  else  // the factors stay on the host: nothing is copied
+    for (size_t k = 0; k < lost_sums_.size(); ++k)
+      of_samples = k == 0 ? lost_sums_[0] * lost_factors_[0] : at::add(of_samples, lost_sums_[k], lost_factors_[k]);
+  return error + of_samples.index_select(0, index_.sample);
+}
+
+// Lower bounds of the rows where what is left of them is `value`, a sum of terms of this magnitude; outward.
+Tensor Walk::ends(const Tensor& value, const Tensor& magnitude, double terms) const {
+  const Tensor total = sums_.select(0, 0) + value;
+  return lower_end(total, constant_error(terms) + magnitude * error_of_sums(terms), context_.dtype());
+}
+
 WalkResult Walk::finish() {
-  Tensor error = at::zeros_like(value_), constant_error = error;
-  {
-    at::NoGradGuard no_grad;
-    if (context_.sound()) {
-      // Sums of `terms_` doubles: gamma_N(2^-53) of the magnitudes; charges are inflated for their own roundings.
-      const double of_sums = enabled(Term::BacksubConstant) ? gamma(terms_ + 64, at::kDouble) : 0;
-      const double lost = enabled(Term::Underflow) ? (terms_ + 64) * 0x1p-1021 : 0;  // products of doubles
-      constant_error = sums_.select(0, 2) * (1 + 1e-6) + sums_.select(0, 1) * of_sums + lost;
-      if (!lost_sums_.empty()) {
-        Tensor of_samples;
-        if (sums_.is_cpu())
-          of_samples = at::stack(lost_sums_, 1).mv(at::tensor(lost_factors_, sums_.options()));
-        else  // the factors stay on the host: nothing is copied
-          for (size_t k = 0; k < lost_sums_.size(); ++k)
-            of_samples =
-                k == 0 ? lost_sums_[0] * lost_factors_[0] : at::add(of_samples, lost_sums_[k], lost_factors_[k]);
-        constant_error = constant_error + of_samples.index_select(0, index_.sample);
-      }
-      error = constant_error + value_magnitude_ * of_sums;
-    }
-  }
-  const Tensor constant = sums_.select(0, 0), total = constant + value_;
   WalkResult result;
-  result.lower = lower_end(total, error, context_.dtype());
+  result.lower = ends(value_, value_magnitude_, terms_);
+  if (order_.defined())  // as the rows stood at the start
+    result.lower = at::zeros_like(result.lower).scatter(0, order_, at::where(decided_, known_, result.lower));
   if (keep_linear_) {
-    result.constant = lower_end(constant, constant_error, context_.dtype());
+    result.constant = lower_end(sums_.select(0, 0), constant_error(terms_), context_.dtype());
     result.A = linear_;
   }
   return result;

@@ -26,6 +26,7 @@ struct Start {
   int64_t node = 0;
   Tensor sample;                      // [Q]
   Tensor marked;                      // as RowIndex's
+  bool by_sign = false;               // of the values bounded only the sign matters, where `marked` is defined
   Tensor element;                     // unit rows: [Q]
   Tensor table, source;               // table[source[q]]; source undefined: q
   int64_t negative_from = INT64_MAX;  // rows from here on are negated
@@ -55,6 +56,9 @@ class Walk {
   // stop_at_activations: concretise with the boxes of the first values that are not affine in earlier ones.
   Walk(Context& context, RowIndex index, bool stop_at_activations, bool keep_linear, const Slopes* slopes = nullptr);
   WalkResult run(int64_t start, Rows rows);
+  // Rows whose sign is known before the end are left out from there on. The second half of the rows are the first,
+  // negated. For kernels that leave rows out.
+  void drop_decided();
 
  private:
   void step(int64_t i, Rows rows);
@@ -77,7 +81,15 @@ class Walk {
   Tensor marked(const Rows& rows) const;
   bool relax_at_once(int64_t input, const Lines& lines, const Rows& rows, const RowIndex& index, const Tensor& bias,
                      const Tensor& charge, const Tensor& lower_row);
+  bool convolve_at_once(int64_t input, const Lines& lines, const Rows& rows, const RowIndex& index, const Tensor& bias,
+                        const Tensor& charge, const Tensor& lower_row);
+  bool give_at_once(int64_t input, const std::optional<RowEnd>& end, std::tuple<Tensor, RowSums> found, Window window);
   std::optional<RowEnd> end_of(int64_t value);
+  bool can_decide(int64_t activation, int64_t input, const Rows& rows) const;
+  void decide(int64_t activation, Rows& rows);
+  double error_of_sums(double terms) const;
+  Tensor constant_error(double terms) const;
+  Tensor ends(const Tensor& value, const Tensor& magnitude, double terms) const;
   void conv(int64_t i, Rows rows);
   void scale(int64_t i, Rows rows);
   void gather(int64_t i, Rows rows);
@@ -107,6 +119,8 @@ class Walk {
   Tensor segments_;  // runs of rows of one sample, and whose they are
   std::vector<int64_t> segment_samples_;
   Tensor places_;  // runs of rows of one sample and position
+  // With drop_decided, all in the order that rows have now: which row of the start each is, and what is known of it.
+  Tensor order_, decided_, known_;
   std::vector<Tensor> linear_;
 };
 

@@ -100,7 +100,9 @@ WalkResult walk(Context& context, const Start& start, bool stop_at_activations, 
   rows.element = start.element;
   rows.data = start.table;
   rows.source = {start.source, start.negative_from};
-  return Walk(context, std::move(index), stop_at_activations, keep_linear, slopes).run(start.node, std::move(rows));
+  Walk one(context, std::move(index), stop_at_activations, keep_linear, slopes);
+  if (start.by_sign && start.marked.defined()) one.drop_decided();
+  return one.run(start.node, std::move(rows));
 }
 
 RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool stop_at_activations) {
@@ -235,6 +237,13 @@ bool only_sign_matters(const Program& program, int64_t i) {
   return true;
 }
 
+// Whether nothing but the sign of the value's bounds is of use to what reads it.
+bool only_relus_read(const Program& program, int64_t i) {
+  const auto& consumers = program.node(i).consumers;
+  return !consumers.empty() &&
+         std::all_of(consumers.begin(), consumers.end(), [&](int64_t c) { return program.node(c).op == Op::Relu; });
+}
+
 // A number of each row of an image that orders them by sample, then pixel, then channel.
 Tensor place_of(const Node& node, const Tensor& sample, const Tensor& element) {
   const int64_t pixels = node.shape[1] * node.shape[2];
@@ -295,7 +304,11 @@ void Context::refine(int64_t i, bool all) {
     Start start;
     start.node = i;
     start.sample = twice(s, true);
-    if (wanted.defined()) start.marked = twice(at::where(wanted.narrow(0, begin, end - begin), s, -1), true);
+    if (wanted.defined())
+      start.marked = twice(at::where(wanted.narrow(0, begin, end - begin), s, -1), true);
+    else if (!device().is_cpu())
+      start.marked = start.sample;
+    start.by_sign = !whole_boxes_ && !all && only_relus_read(program_, i);
     start.element = twice(e, true);
     start.negative_from = end - begin;
     const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
@@ -448,6 +461,7 @@ BoundsResult Context::bound(const std::optional<Spec>& spec) {
 std::vector<std::pair<int64_t, Box>> Context::layer_bounds() {
   std::vector<std::pair<int64_t, Box>> out;
   if (program_.preactivations().empty()) return out;
+  whole_boxes_ = true;
   propagate(program_.preactivations().back());
   for (int64_t i : program_.preactivations()) out.emplace_back(i, box(i));
   return out;

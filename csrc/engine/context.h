@@ -228,6 +228,7 @@ class Context {
   std::unordered_map<int64_t, Magnitudes> sizes_;
   std::unordered_map<int64_t, Tensor> radius_, radius_sums_, charges_, relax_charges_;
   std::unordered_map<int64_t, Box> centred_boxes_;
+  bool whole_boxes_ = false;  // boxes are asked for, not only what follows from them
 };
 
 // Bounds by linear functions of the input that are propagated forward (linear_forward.cpp).

@@ -114,6 +114,43 @@ std::tuple<Tensor, Tensor> relax_cpu(const Tensor& rows, const OptionalTensor& s
   return {out, sums};
 }
 
+// The lines of an activation, with what rows that go through it meet besides, contiguous.
+struct LineTensors {
+  Tensor lower_slope, lower_intercept, upper_slope, upper_intercept, bias, charge, lower_row;
+
+  // `sums` [3, Q] are the row's constants, their magnitudes and errors.
+  template <typename T>
+  cpu::RelaxArgs<T> arguments(const Tensor& rows, const Map& m, const Window& w, const Extent& e, Tensor& sums) const {
+    double* s = sums.data_ptr<double>();
+    const int64_t count = m.map.count;
+    return {rows.const_data_ptr<T>(),
+            nullptr,
+            m.map,
+            w,
+            e,
+            lower_slope.const_data_ptr<T>(),
+            upper_slope.const_data_ptr<T>(),
+            pointer<T>(lower_intercept),
+            upper_intercept.const_data_ptr<T>(),
+            pointer<int64_t>(lower_row),
+            pointer<T>(bias),
+            pointer<T>(charge),
+            s,
+            charge.defined() ? s + count : nullptr,
+            charge.defined() ? s + 2 * count : nullptr};
+  }
+};
+
+// Where rows are concretised: at boxes [B, n] (norm 0), or at balls of centre and radius.
+template <typename T>
+void set_end(cpu::ConcretizeArgs<T>& end, const Tensor& first, const Tensor& second, int64_t norm, Tensor& out) {
+  end.lower = end.centre = pointer<T>(first);
+  end.upper = end.eps = pointer<T>(second);
+  end.norm = int(norm);
+  end.value = out.data_ptr<double>();
+  end.magnitude = end.value + out.size(1);
+}
+
 std::tuple<Tensor, Tensor> relax_product_on_device(const Tensor& rows, const OptionalTensor& source,
                                                    int64_t negative_from, const Tensor& sample, IntArrayRef extent,
                                                    const Tensor& lower_slope, const OptionalTensor& lower_intercept,
@@ -124,14 +161,15 @@ std::tuple<Tensor, Tensor> relax_product_on_device(const Tensor& rows, const Opt
                                                    int64_t norm) {
   const Map m(source, negative_from, sample, {});
   const Extent e = extent_of(extent);
-  const Tensor r = rows.contiguous(), lower_at = contiguous(lower_row), w = weight.contiguous();
+  const Tensor r = rows.contiguous(), w = weight.contiguous();
   check_rows(r, m, Window(), e, "relax_product");
   check_same(r, w, "relax_product", "rows", "weight");
   TORCH_CHECK_VALUE(w.dim() == 2 && w.size(0) == e.numel(), "relax_product: weight must be [", e.numel(),
                     ", columns], got ", w.sizes());
   TORCH_CHECK(has_relax_product(r), "relax_product: no kernel of its own on ", r.device());
-  const Tensor ls = lower_slope.contiguous(), us = upper_slope.contiguous(), ui = upper_intercept.contiguous();
-  const Tensor li = contiguous(lower_intercept), b = contiguous(bias), c = contiguous(charge);
+  const LineTensors lines{
+      lower_slope.contiguous(), contiguous(lower_intercept), upper_slope.contiguous(), upper_intercept.contiguous(),
+      contiguous(bias),         contiguous(charge),          contiguous(lower_row)};
   const Tensor p = contiguous(first), q = contiguous(second);
   const int64_t count = m.map.count, columns = w.size(1), places = (columns + cpu::kEndColumns - 1) / cpu::kEndColumns;
   const auto doubles = r.options().dtype(at::kDouble);
@@ -139,36 +177,69 @@ std::tuple<Tensor, Tensor> relax_product_on_device(const Tensor& rows, const Opt
   Tensor out = p.defined() ? at::empty({2, count}, doubles) : at::empty({count, columns}, r.options());
   Tensor partial = p.defined() ? at::empty({3, places, count}, doubles) : Tensor();
   AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relax_product", [&] {
-    double* s = sums.data_ptr<double>();
     cpu::RelaxProductArgs<scalar_t> a{};
-    a.relax = {r.const_data_ptr<scalar_t>(),
-               nullptr,
-               m.map,
-               Window(),
-               e,
-               ls.const_data_ptr<scalar_t>(),
-               us.const_data_ptr<scalar_t>(),
-               pointer<scalar_t>(li),
-               ui.const_data_ptr<scalar_t>(),
-               pointer<int64_t>(lower_at),
-               pointer<scalar_t>(b),
-               pointer<scalar_t>(c),
-               s,
-               c.defined() ? s + count : nullptr,
-               c.defined() ? s + 2 * count : nullptr};
+    a.relax = lines.arguments<scalar_t>(r, m, Window(), e, sums);
     a.weight = w.const_data_ptr<scalar_t>();
     a.columns = columns;
     if (p.defined()) {
-      a.end.lower = a.end.centre = pointer<scalar_t>(p);
-      a.end.upper = a.end.eps = pointer<scalar_t>(q);
-      a.end.norm = int(norm);
-      a.end.value = out.data_ptr<double>();
-      a.end.magnitude = a.end.value + count;
+      set_end(a.end, p, q, norm, out);
       a.partial = partial.data_ptr<double>();
     } else {
       a.out = out.data_ptr<scalar_t>();
     }
     kernels<scalar_t>(r)->relax_product(a);
+  });
+  return {out, sums};
+}
+
+std::tuple<Tensor, Tensor> relax_convolution_on_device(
+    const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
+    const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const Tensor& lower_slope,
+    const OptionalTensor& lower_intercept, const Tensor& upper_slope, const Tensor& upper_intercept,
+    const OptionalTensor& bias, const OptionalTensor& charge, const OptionalTensor& lower_row, const Tensor& weight,
+    IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef to_window,
+    IntArrayRef to_extent, const OptionalTensor& first, const OptionalTensor& second, int64_t norm) {
+  const Map m(source, negative_from, sample, position);
+  const Window from = window_of(window), to = window_of(to_window);
+  const Extent e = extent_of(extent), after = extent_of(to_extent);
+  const Tensor r = rows.contiguous(), w = weight.contiguous();
+  check_rows(r, m, from, e, "relax_convolution");
+  check_same(r, w, "relax_convolution", "rows", "weight");
+  TORCH_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                    "relax_convolution: stride, padding and dilation are pairs");
+  TORCH_CHECK_VALUE(w.dim() == 4 && w.size(0) == e.channels && groups > 0 && w.size(1) * groups == after.channels,
+                    "relax_convolution: weight must be [", e.channels, ", ", after.channels, " / groups, y, x], got ",
+                    w.sizes());
+  TORCH_CHECK_VALUE(to.dense || m.position.defined(), "relax_convolution: windows need the rows' positions");
+  TORCH_CHECK(has_relax_product(r), "relax_convolution: no kernel of its own on ", r.device());
+  const LineTensors lines{
+      lower_slope.contiguous(), contiguous(lower_intercept), upper_slope.contiguous(), upper_intercept.contiguous(),
+      contiguous(bias),         contiguous(charge),          contiguous(lower_row)};
+  const Tensor p = contiguous(first), q = contiguous(second);
+  const int64_t count = m.map.count;
+  const auto doubles = r.options().dtype(at::kDouble);
+  Tensor sums = at::zeros({3, count}, doubles), partial;
+  Tensor out = p.defined() ? at::empty({2, count}, doubles) : at::empty(rows_shape(count, to, after), r.options());
+  AT_DISPATCH_FLOATING_TYPES(r.scalar_type(), "relax_convolution", [&] {
+    cpu::RelaxConvolutionArgs<scalar_t> a{};
+    a.relax = lines.arguments<scalar_t>(r, m, from, e, sums);
+    a.weight = w.const_data_ptr<scalar_t>();
+    a.groups = groups;
+    std::tie(a.kernel_y, a.kernel_x) = std::tuple(w.size(2), w.size(3));
+    std::tie(a.stride_y, a.stride_x) = std::tuple(stride[0], stride[1]);
+    std::tie(a.padding_y, a.padding_x) = std::tuple(padding[0], padding[1]);
+    std::tie(a.dilation_y, a.dilation_x) = std::tuple(dilation[0], dilation[1]);
+    a.end.window = to;
+    a.end.extent = after;
+    const OnDevice<scalar_t> found = kernels<scalar_t>(r);
+    if (p.defined()) {
+      set_end(a.end, p, q, norm, out);
+      partial = at::empty({(*found).relax_convolution_scratch(a)}, doubles);
+      a.partial = partial.data_ptr<double>();
+    } else {
+      a.out = out.data_ptr<scalar_t>();
+    }
+    (*found).relax_convolution(a);
   });
   return {out, sums};
 }
@@ -585,6 +656,22 @@ std::tuple<Tensor, RowSums> relax_product(const Tensor& rows, const RowSource& s
                  end.has_value() ? optional_of(end->second) : std::nullopt, end.has_value() ? end->norm : 0);
 }
 
+std::tuple<Tensor, RowSums> relax_convolution(const Tensor& rows, const RowSource& source, const RowIndex& index,
+                                              const Window& window, const Extent& extent, const Tensor& lower_slope,
+                                              const Tensor& lower_intercept, const Tensor& upper_slope,
+                                              const Tensor& upper_intercept, const Tensor& bias, const Tensor& charge,
+                                              const Tensor& lower_row, const Tensor& weight, const ConvGeometry& g,
+                                              const Window& to, const Extent& to_extent,
+                                              const std::optional<RowEnd>& end) {
+  PYCERT_HANDLE("relax_convolution", relax_convolution_on_device);
+  return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
+                 optional_of(index.position), encode(window), encode(extent), lower_slope, optional_of(lower_intercept),
+                 upper_slope, upper_intercept, optional_of(bias), optional_of(charge), optional_of(lower_row), weight,
+                 g.stride, g.padding, g.dilation, g.groups, encode(to), encode(to_extent),
+                 end.has_value() ? optional_of(end->first) : std::nullopt,
+                 end.has_value() ? optional_of(end->second) : std::nullopt, end.has_value() ? end->norm : 0);
+}
+
 RowSums dot_rows(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                  const Extent& extent, const Tensor& bias, const Tensor& charge) {
   PYCERT_HANDLE("dot_rows", dot_cpu);
@@ -637,6 +724,13 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "Tensor? lower_intercept, Tensor upper_slope, Tensor upper_intercept, Tensor? bias, Tensor? charge, Tensor? "
       "lower_row, Tensor weight, Tensor? first, Tensor? second, int norm) -> (Tensor, Tensor)");
   m.def(
+      "relax_convolution(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] "
+      "window, "
+      "int[] extent, Tensor lower_slope, Tensor? lower_intercept, Tensor upper_slope, Tensor upper_intercept, Tensor? "
+      "bias, Tensor? charge, Tensor? lower_row, Tensor weight, int[] stride, int[] padding, int[] dilation, int "
+      "groups, "
+      "int[] to_window, int[] to_extent, Tensor? first, Tensor? second, int norm) -> (Tensor, Tensor)");
+  m.def(
       "dot_rows(Tensor rows, Tensor? source, int negative_from, Tensor sample, Tensor? position, int[] window, int[] "
       "extent, Tensor? bias, Tensor? charge) -> Tensor");
   m.def(
@@ -664,6 +758,7 @@ static void register_backsub(torch::Library& m) {
   m.impl("relax_rows", relax_cpu);
   m.impl("relax_rows_backward", relax_backward_cpu);
   m.impl("relax_product", relax_product_on_device);
+  m.impl("relax_convolution", relax_convolution_on_device);
   m.impl("dot_rows", dot_cpu);
   m.impl("relayout_rows", relayout_cpu);
   m.impl("add_rows", add_cpu);

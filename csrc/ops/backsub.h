@@ -7,6 +7,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/common.h"
+#include "ops/interval.h"
 
 namespace pycert {
 
@@ -57,6 +58,18 @@ std::tuple<at::Tensor, RowSums> relax_product(const at::Tensor& rows, const RowS
                                               const at::Tensor& charge, const at::Tensor& lower_row,
                                               const at::Tensor& weight, const std::optional<RowEnd>& end);
 bool has_relax_product(const at::Tensor& like);
+
+// Rows over a layer's output, through its activation and then through the convolution `g` (not transposed) that feeds
+// it: as relax_product, where has_relax_product. The rows come out as `to` over `to_extent`, the layer's input; what
+// they hold outside the image has no meaning.
+std::tuple<at::Tensor, RowSums> relax_convolution(const at::Tensor& rows, const RowSource& source,
+                                                  const RowIndex& index, const Window& window, const Extent& extent,
+                                                  const at::Tensor& lower_slope, const at::Tensor& lower_intercept,
+                                                  const at::Tensor& upper_slope, const at::Tensor& upper_intercept,
+                                                  const at::Tensor& bias, const at::Tensor& charge,
+                                                  const at::Tensor& lower_row, const at::Tensor& weight,
+                                                  const ConvGeometry& g, const Window& to, const Extent& to_extent,
+                                                  const std::optional<RowEnd>& end);
 
 // No gradient: constants that need one are formed by ATen.
 RowSums dot_rows(const at::Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,

@@ -13,7 +13,7 @@
 namespace pycert {
 
 struct MeasuredWays {
-  std::string name;  // "dual_product", "product" or "relax_product"
+  std::string name;  // "dual_product", "product", "relax_product" or "relax_convolution"
   at::ScalarType dtype;
   std::array<int64_t, 3> shape;  // rows, terms of a sum, columns
   double own, other;             // seconds

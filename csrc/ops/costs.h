@@ -2,8 +2,7 @@
 // tables that all rows of a sample share (slopes, charges, boxes) are left out beside the rows.
 #pragma once
 
-#include "cpu/kernels.h"
-#include "cpu/relaxation.h"
+#include "cpu/device_kernels.h"
 #include "ops/record.h"
 
 namespace pycert {
@@ -102,6 +101,14 @@ Cost cost_of(const cpu::RelaxProductArgs<T>& a) {
   const double rows = double(a.relax.map.count), n = double(a.relax.extent.numel()), columns = double(a.columns);
   const double written = a.end.value == nullptr ? rows * columns : 0;
   return {double(sizeof(T)) * (rows * n + n * columns + written), 2 * rows * n * columns};
+}
+template <typename T>
+Cost cost_of(const cpu::RelaxConvolutionArgs<T>& a) {
+  const double in = row_numbers(a.relax.map, a.relax.window, a.relax.extent),
+               out = row_numbers(a.relax.map, a.end.window, a.end.extent);
+  const double products = double(a.end.extent.channels / a.groups) * double(a.kernel_y * a.kernel_x);
+  const double numbers = in + (a.out != nullptr ? out : 0) + double(a.relax.extent.channels) * products;
+  return {double(sizeof(T)) * numbers, 2 * in * products};
 }
 template <typename T>
 Cost cost_of(const cpu::DotArgs<T>& a) {

@@ -24,6 +24,7 @@ const std::vector<std::string> kUntested = {"prepare",
                                             "product",
                                             "relax",
                                             "relax_product",
+                                            "relax_convolution",
                                             "dot",
                                             "concretize",
                                             "relayout",
@@ -64,7 +65,9 @@ const DeviceKernels<T>& cpu_table() {
                                       cpu::activation_lines<T>,
                                       cpu::activation_lines_backward<T>,
                                       cpu::activation_interval<T>,
-                                      cpu::activation_interval_backward<T>};
+                                      cpu::activation_interval_backward<T>,
+                                      nullptr,
+                                      nullptr};
   return table;
 }
 
@@ -77,18 +80,31 @@ bool is_one(const char* name) {
   return value != nullptr && std::string(value) == "1";
 }
 
-// Read once: the environment of a running process is not its switchboard.
-void check_cuda_allowed() {
-  static const bool untested = is_one("PYCERT_CUDA_UNTESTED"), emulated = is_one("CUBLAS_EMULATE_SINGLE_PRECISION");
-  TORCH_CHECK(untested || kUntested.empty(),
-              "pycert's CUDA kernels have never run on a GPU and are off; set PYCERT_CUDA_UNTESTED=1 before the "
-              "process starts to use them all the same (`pycert doctor` lists them)");
+// Never destroyed: it may hold an object of an interpreter that has ended by then.
+std::function<bool()>& cuda_check() {
+  static auto* const check = new std::function<bool()>();
+  return *check;
+}
+
+std::atomic<bool> checked{false};
+
+}  // namespace
+
+void set_cuda_check(std::function<bool()> check) {
+  cuda_check() = std::move(check);
+  checked = false;
+}
+
+// The environment is read once: that of a running process is not its switchboard.
+void check_cuda_kernels() {
+  static const bool skipped = is_one("PYCERT_CUDA_UNTESTED"), emulated = is_one("CUBLAS_EMULATE_SINGLE_PRECISION");
   TORCH_CHECK(!emulated,
               "CUBLAS_EMULATE_SINGLE_PRECISION=1 makes float32 products inexact, which the error bounds do "
               "not cover; unset it");
+  if (skipped || kUntested.empty() || checked.load(std::memory_order_acquire)) return;
+  TORCH_CHECK(cuda_check(), "pycert's CUDA kernels wait for a check that `import pycert` brings along");
+  if (cuda_check()()) checked = true;
 }
-
-}  // namespace
 
 template <typename T>
 const DeviceKernels<T>& device_kernels(c10::Device device) {
@@ -101,7 +117,7 @@ const DeviceKernels<T>& device_kernels(c10::Device device) {
               device.is_cuda() ? ": this build is without CUDA; install a torch with CUDA and the CUDA toolkit, then "
                                  "build pycert again (PYCERT_CUDA=1 says what is missing)"
                                : "; use cpu or cuda");
-  check_cuda_allowed();
+  check_cuda_kernels();
   return *table;
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -13,7 +14,7 @@
 
 namespace pycert {
 
-// Throws where the build has no kernels for the device, or only such as never ran on one and nobody asked for.
+// Throws where the build has no kernels for the device, or where they fail the check below.
 template <typename T>
 const DeviceKernels<T>& device_kernels(c10::Device device);
 
@@ -23,8 +24,16 @@ void set_cuda_kernels(const DeviceKernels<float>* for_float, const DeviceKernels
 // Others in place of the processor's, so that tests can run kernel bodies of csrc/cuda on the host; null: back.
 void replace_cpu_kernels(const DeviceKernels<float>* for_float, const DeviceKernels<double>* for_double);
 
-// Kernels of csrc/cuda that never ran on a GPU: off unless PYCERT_CUDA_UNTESTED=1.
+// Kernels of csrc/cuda whose authors never ran them on a GPU. While there are any, a process uses those of the device
+// only after a check of them has passed there; PYCERT_CUDA_UNTESTED=1 leaves the check out.
 const std::vector<std::string>& untested_cuda_kernels();
+
+// The check: throws where a kernel fails; true when all passed, so that it is not called again; false while this thread
+// is in the middle of it.
+void set_cuda_check(std::function<bool()> check);
+
+// Runs it where it is still to be run.
+void check_cuda_kernels();
 
 // The same table with every call recorded (record.h), for this thread until it is asked for again.
 template <typename T>

@@ -36,6 +36,18 @@ void record_as(cpu::Kernels<T>& table, const char* name) {
   table.*member = Named<T, member>::call;
 }
 
+template <typename T>
+struct RelaxConvolution {
+  static void call(const cpu::RelaxConvolutionArgs<T>& a) {
+    const auto& [kernels, device] = current<T>();
+    const record::Kernel range(device, "relax_convolution", cost_of(a));
+    kernels->relax_convolution(a);
+  }
+  static int64_t scratch(const cpu::RelaxConvolutionArgs<T>& a) {
+    return current<T>().kernels->relax_convolution_scratch(a);
+  }
+};
+
 // Of the relaxation family: five or six numbers an element.
 template <typename T, auto member, typename... Arguments>
 struct Relaxation {
@@ -112,6 +124,8 @@ DeviceKernels<T> make() {
   PYCERT_RECORD_RELAXATION(activation_interval);
   PYCERT_RECORD_RELAXATION(activation_interval_backward);
   t.main.pack_bits = packed<T>;
+  t.relax_convolution = RelaxConvolution<T>::call;
+  t.relax_convolution_scratch = RelaxConvolution<T>::scratch;
   return t;
 }
 

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -150,10 +151,28 @@ def _cuda() -> list[Finding]:
         found.append(Finding(section, "GPU", "none visible"))
     untested = list(_C.untested_cuda_kernels()) if built else []
     if untested:
-        allowed = os.environ.get("PYCERT_CUDA_UNTESTED") == "1"
-        advice = "on: PYCERT_CUDA_UNTESTED=1" if allowed else "off; PYCERT_CUDA_UNTESTED=1 turns them on"
+        advice = "by the authors; a process checks each against the processor before its first use"
         found.append(Finding(section, "never run on a GPU", ", ".join(untested), "note", advice))
+        found.append(_cuda_check(section))
     return found
+
+
+def _cuda_check(section: str) -> Finding:
+    """What the check of the kernels says on this machine's GPU."""
+    from pycert import _cuda_check
+
+    name = "check of these kernels"
+    if os.environ.get("PYCERT_CUDA_UNTESTED") == "1":
+        return Finding(section, name, "left out", "note", "PYCERT_CUDA_UNTESTED=1 uses them unchecked")
+    if not torch.cuda.is_available():
+        return Finding(section, name, "not run", "note", "there is no GPU to run it on")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _cuda_check.ensure()
+    except RuntimeError as error:
+        return Finding(section, name, "failed", "missing", str(error))
+    return Finding(section, name, "passed here")
 
 
 def _soundness_flags() -> list[Finding]:

@@ -136,6 +136,40 @@ def _(
     return rows.new_empty((count, weight.shape[1])), sums
 
 
+@torch.library.register_fake("pycert::relax_convolution")
+def _(
+    rows,
+    source,
+    negative_from,
+    sample,
+    position,
+    window,
+    extent,
+    lower_slope,
+    lower_intercept,
+    upper_slope,
+    upper_intercept,
+    bias,
+    charge,
+    lower_row,
+    weight,
+    stride,
+    padding,
+    dilation,
+    groups,
+    to_window,
+    to_extent,
+    first,
+    second,
+    norm,
+):
+    count = sample.shape[0]
+    sums = rows.new_empty((3, count), dtype=torch.float64)
+    if first is not None:
+        return rows.new_empty((2, count), dtype=torch.float64), sums
+    return rows.new_empty(_rows_shape(count, to_window, to_extent)), sums
+
+
 @torch.library.register_fake("pycert::dot_rows")
 def _(rows, source, negative_from, sample, position, window, extent, bias, charge):
     return rows.new_empty((3, sample.shape[0]), dtype=torch.float64)

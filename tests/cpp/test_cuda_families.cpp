@@ -4,6 +4,8 @@
 
 #include "cpu/isa_portable.cpp"
 #include "cpu/relaxation.cpp"
+#include "cuda/backsub.cu"
+#include "cuda/backsub_convolution.cu"
 #include "cuda/backsub_product.cu"
 #include "cuda/krelu.cu"
 #include "cuda/norm.cu"
@@ -228,11 +230,84 @@ void fused() {
   }
 }
 
+// Windows of an activation's rows through the convolution before it: few and many channels, strides, groups, ends.
+template <typename T>
+void fused_convolution(int64_t channels, int64_t groups, bool dense) {
+  constexpr int64_t Q = 5, O = 4, K = 3;
+  const cpu::Extent extent{O, 5, 6}, after{channels, 9, 11};
+  const cpu::Window window = dense ? cpu::Window() : cpu::Window{false, 4, 5, 2, -2, 1, -3};
+  const cpu::Window to = dense ? cpu::Window() : cpu::Window{false, 9, 11, 4, -5, 2, -7};
+  const int64_t height = dense ? 5 : 4, width = dense ? 6 : 5, size = O * height * width, n = extent.numel();
+  const int64_t pixels = 9 * 11, columns = channels * pixels;
+  const std::vector<int64_t> sample{0, -1, 1, 0, 1}, position{0, 1, 1, 0, 2, 2, 1, 1, 0, 2};
+  cpu::RowMap map;
+  map.count = Q;
+  map.sample = sample.data();
+  map.position = dense ? nullptr : position.data();
+  const auto rows = draw<T>(size_t(Q * size), 1), weight = draw<T>(size_t(O * channels / groups * K * K), 2);
+  const auto low = draw<T>(size_t(2 * n), 3), high = draw<T>(size_t(2 * n), 4), at = draw<T>(size_t(2 * n), 5);
+  const auto bias = draw<T>(size_t(n), 6), charge = draw<T>(size_t(2 * n), 7, true);
+  std::vector<T> relaxed(size_t(Q * size)), out(size_t(Q * columns)), found(size_t(Q * columns));
+  std::vector<double> right(3 * Q), mine(3 * Q), ends(2 * Q), ends_mine(2 * Q);
+  const auto relax = [&](auto& to_rows, auto& sums) {
+    return cpu::RelaxArgs<T>{rows.data(), to_rows.data(), map,         window,    extent,
+                             low.data(),  high.data(),    nullptr,     at.data(), nullptr,
+                             bias.data(), charge.data(),  sums.data(), &sums[Q],  &sums[2 * Q]};
+  };
+  succeed("relax", cuda::relax(relax(relaxed, right), nullptr));
+  // dense: padding 1; windows move with it
+  const int64_t shift = dense ? 1 : 0, inner = O / groups, outer = channels / groups;
+  for (int64_t q = 0; q < Q; ++q)
+    for (int64_t o = 0; q != 1 && o < O; ++o)
+      for (int64_t y = 0; y < height; ++y)
+        for (int64_t x = 0; x < width; ++x)
+          for (int64_t c = 0; c < outer; ++c)
+            for (int64_t t = 0; t < K * K; ++t) {
+              const int64_t to_y = 2 * y - shift + t / K, to_x = 2 * x - shift + t % K;
+              if (to_y < 0 || to_x < 0 || to_y >= 9 || to_x >= 11) continue;
+              out[size_t((q * channels + o / inner * outer + c) * pixels + to_y * 11 + to_x)] +=
+                  relaxed[size_t(q * size + (o * height + y) * width + x)] *
+                  weight[size_t((o * outer + c) * K * K + t)];
+            }
+  cpu::RelaxConvolutionArgs<T> args{
+      relax(found, mine), weight.data(), groups, K, K, 2, 2, 1, 1, 1, 1, found.data(), {}, nullptr};
+  args.end.window = to;
+  args.end.extent = after;
+  succeed("relax_convolution", cuda::relax_convolution(args, nullptr));
+  expect("relax_convolution", right, mine, 1e-12);
+  const auto box = draw<T>(size_t(2 * columns), 8), higher = draw<T>(size_t(2 * columns), 9);
+  const std::vector<T> eps{T(0.5), T(0.25)};
+  for (int64_t q = 0; q < Q; ++q)  // what a window holds outside the image has no meaning
+    for (int64_t k = 0; k < columns && !dense; ++k) {
+      const int64_t y = k % pixels / 11 + 4 * position[size_t(2 * q)] - 5,
+                    x = k % 11 + 2 * position[size_t(2 * q + 1)] - 7;
+      if (y < 0 || x < 0 || y >= 9 || x >= 11) out[size_t(q * columns + k)] = found[size_t(q * columns + k)] = 0;
+    }
+  expect("relax_convolution", out, found, 8 * kClose<T>);
+  args.out = nullptr;
+  std::vector<double> partial(size_t(cuda::relax_convolution_scratch(args)));
+  for (const int norm : {0, 1, 2}) {
+    const auto end = [&](const T* from, auto& values) {
+      return cpu::ConcretizeArgs<T>{from,       map,        to,   after,      box.data(), higher.data(),
+                                    box.data(), eps.data(), norm, &values[0], &values[Q]};
+    };
+    succeed("concretize", cuda::concretize(end(out.data(), ends), nullptr));
+    args.end = end(nullptr, ends_mine);
+    args.partial = partial.data();
+    succeed("relax_convolution", cuda::relax_convolution(args, nullptr));
+    expect("relax_convolution to its end", ends, ends_mine, 40 * kClose<T>);
+  }
+}
+
 template <typename T>
 void all() {
   masks<T>();
   balls<T>();
   fused<T>();
+  for (const bool dense : {false, true}) {
+    fused_convolution<T>(2, 1, dense);
+    fused_convolution<T>(40, 2, dense);
+  }
   for (const int64_t k : {1, 2, 3}) hulls<T>(k);
 }
 
