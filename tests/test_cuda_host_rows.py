@@ -256,7 +256,7 @@ class LeftOut(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("soundness", ["deployed", "none"])
-@pytest.mark.parametrize("eps", [0.003, 0.02])
+@pytest.mark.parametrize("eps", [0.003, pytest.param(0.02, marks=pytest.mark.slow)])
 def test_rows_whose_sign_is_known_are_left_out_of_what_follows(eps, soundness):
     """More and more of a walk's rows; the bounds are as tight as those of whole walks, and hold."""
     net, x = deep_net()

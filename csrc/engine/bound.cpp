@@ -308,7 +308,7 @@ void Context::refine(int64_t i, bool all) {
       start.marked = twice(at::where(wanted.narrow(0, begin, end - begin), s, -1), true);
     else if (!device().is_cpu())
       start.marked = start.sample;
-    start.by_sign = !whole_boxes_ && !all && only_relus_read(program_, i);
+    start.by_sign = !grad_ && !whole_boxes_ && !all && only_relus_read(program_, i);
     start.element = twice(e, true);
     start.negative_from = end - begin;
     const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
