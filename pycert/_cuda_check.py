@@ -1,9 +1,9 @@
 """Whether the CUDA kernels give on this card what the processor's give, before a process trusts them.
 
-Kernels that their authors never ran on a GPU (``_C.untested_cuda_kernels()``) are used only after this check, which
-runs once, when a process first uses a CUDA device: each kernel alone on small cases with ragged ends, in float32 and
-float64, then the methods on two small networks. Results must agree with the processor's within the rounding of their
-sums, and bounds must hold. ``PYCERT_CUDA_UNTESTED=1`` leaves it out.
+Kernels that never ran on a GPU (``_C.untested_cuda_kernels()``) are off unless ``PYCERT_CUDA_UNTESTED=1``, and then
+used only after this check, which runs once, when a process first uses a CUDA device: each kernel alone on small cases
+with ragged ends, in float32 and float64, then the methods on two small networks. Results must agree with the
+processor's within the rounding of their sums, and bounds must hold. ``PYCERT_CUDA_UNTESTED=unchecked`` leaves it out.
 """
 
 from __future__ import annotations
@@ -644,7 +644,7 @@ def _failure(name: str, device: torch.device, dtype: torch.dtype, error: Excepti
     return (
         f"pycert's check of its CUDA kernels failed on {card}: {name} ({str(dtype).removeprefix('torch.')}): "
         f"{str(error).splitlines()[0]}. Bounds on this device cannot be trusted: use the CPU, and please report this. "
-        "PYCERT_CUDA_UNTESTED=1, set before the process starts, uses the kernels without the check"
+        "PYCERT_CUDA_UNTESTED=unchecked, set before the process starts, uses the kernels without the check"
     )
 
 

@@ -97,11 +97,18 @@ void set_cuda_check(std::function<bool()> check) {
 
 // The environment is read once: that of a running process is not its switchboard.
 void check_cuda_kernels() {
-  static const bool skipped = is_one("PYCERT_CUDA_UNTESTED"), emulated = is_one("CUBLAS_EMULATE_SINGLE_PRECISION");
+  static const char* const setting = std::getenv("PYCERT_CUDA_UNTESTED");
+  static const std::string untested = setting != nullptr ? setting : "";
+  static const bool emulated = is_one("CUBLAS_EMULATE_SINGLE_PRECISION");
   TORCH_CHECK(!emulated,
               "CUBLAS_EMULATE_SINGLE_PRECISION=1 makes float32 products inexact, which the error bounds do "
               "not cover; unset it");
-  if (skipped || kUntested.empty() || checked.load(std::memory_order_acquire)) return;
+  if (kUntested.empty() || checked.load(std::memory_order_acquire)) return;
+  TORCH_CHECK(
+      untested == "1" || untested == "unchecked",
+      "pycert's CUDA kernels have never run on a GPU and are off; PYCERT_CUDA_UNTESTED=1, set before the process "
+      "starts, turns them on, each checked against the processor first (`pycert doctor` lists them)");
+  if (untested == "unchecked") return;
   TORCH_CHECK(cuda_check(), "pycert's CUDA kernels wait for a check that `import pycert` brings along");
   if (cuda_check()()) checked = true;
 }

@@ -24,15 +24,15 @@ void set_cuda_kernels(const DeviceKernels<float>* for_float, const DeviceKernels
 // Others in place of the processor's, so that tests can run kernel bodies of csrc/cuda on the host; null: back.
 void replace_cpu_kernels(const DeviceKernels<float>* for_float, const DeviceKernels<double>* for_double);
 
-// Kernels of csrc/cuda whose authors never ran them on a GPU. While there are any, a process uses those of the device
-// only after a check of them has passed there; PYCERT_CUDA_UNTESTED=1 leaves the check out.
+// Kernels of csrc/cuda that never ran on a GPU. While there are any, those of the device are off unless
+// PYCERT_CUDA_UNTESTED=1, and then used after a check of them has passed there; "unchecked" leaves the check out.
 const std::vector<std::string>& untested_cuda_kernels();
 
 // The check: throws where a kernel fails; true when all passed, so that it is not called again; false while this thread
 // is in the middle of it.
 void set_cuda_check(std::function<bool()> check);
 
-// Runs it where it is still to be run.
+// Refuses kernels that are off, and runs the check where it is still to be run.
 void check_cuda_kernels();
 
 // The same table with every call recorded (record.h), for this thread until it is asked for again.

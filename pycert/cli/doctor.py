@@ -151,7 +151,7 @@ def _cuda() -> list[Finding]:
         found.append(Finding(section, "GPU", "none visible"))
     untested = list(_C.untested_cuda_kernels()) if built else []
     if untested:
-        advice = "by the authors; a process checks each against the processor before its first use"
+        advice = "off; PYCERT_CUDA_UNTESTED=1 turns them on, each checked against the processor first"
         found.append(Finding(section, "never run on a GPU", ", ".join(untested), "note", advice))
         found.append(_cuda_check(section))
     return found
@@ -162,8 +162,11 @@ def _cuda_check(section: str) -> Finding:
     from pycert import _cuda_check
 
     name = "check of these kernels"
-    if os.environ.get("PYCERT_CUDA_UNTESTED") == "1":
-        return Finding(section, name, "left out", "note", "PYCERT_CUDA_UNTESTED=1 uses them unchecked")
+    setting = os.environ.get("PYCERT_CUDA_UNTESTED")
+    if setting == "unchecked":
+        return Finding(section, name, "left out", "note", "PYCERT_CUDA_UNTESTED=unchecked")
+    if setting != "1":
+        return Finding(section, name, "not run", "note", "runs with PYCERT_CUDA_UNTESTED=1")
     if not torch.cuda.is_available():
         return Finding(section, name, "not run", "note", "there is no GPU to run it on")
     try:
