@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pycert import krelu
+from pycert import _branch, krelu
 from pycert.errors import UnsupportedOperator
 from pycert.graph.ir import AFFINE, Node
 from pycert.options import Options
@@ -28,6 +28,8 @@ Array = NDArray[np.float64]
 VIOLATION = 1e-6
 #: Rows that enter at a time, at most, and how often.
 ROWS_AT_A_TIME, ROUNDS = 250, 12
+#: Neurons of a sample whose sign is open, at most, where leaves are bounded by linear programs.
+LARGEST_BRANCHED = 1000
 
 
 def solver() -> Any:
@@ -285,54 +287,61 @@ class Program:
         self.taken.append((activation, number))
 
 
-def box_rows(bm: BoundedModule, boxes: krelu.Boxes) -> krelu.CutSet:
-    """``z >= lower`` of every neuron of every ReLU layer, then ``z <= upper``; infinite ends give rows of zeros."""
-    found = krelu.CutSet(bm)
-    for i, node in enumerate(bm.graph.nodes):
-        if node.op != "relu" or i > bm.graph.output:
-            continue
-        lower, upper = (t.detach().flatten(1) for t in boxes[node.inputs[0]])
-        batch, n = lower.shape
-        ends = torch.cat([-lower, upper], dim=1)
-        sign = torch.cat([torch.ones_like(lower), -torch.ones_like(upper)], dim=1)
-        known = torch.isfinite(ends)
-        index = torch.arange(n, device=lower.device).repeat(2).expand(batch, 2 * n).unsqueeze(2)
-        P_x = torch.where(known, sign, 0).unsqueeze(2)
-        name = krelu._name(bm.graph, node.inputs[0])
-        found.cuts[i] = krelu.Cuts(name, index, P_x, torch.zeros_like(P_x), torch.where(known, ends, 0))
-    return found
-
-
 def bound_rows(
     bm: BoundedModule, regions: list[Any], rows: krelu.Rows | None, parsed: Options, return_linear: bool
 ) -> Bounds:
     """``method="lp"`` of :meth:`BoundedModule.bound`."""
     solver()
+    _branch.check(parsed, return_linear)
     boxes, cuts = krelu.known_boxes(bm, regions, parsed)
+    if parsed.leaves > 1:
+        _check_size(bm, boxes)
     if parsed.cuts is not None:
         cuts = cuts._with(parsed.cuts)
     given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
     best = krelu.ascended(bm, regions, rows, given, boxes, cuts, return_linear)
     plain = dataclasses.replace(given, iterations=0)
-    first = _solve_all(bm, regions, rows, parsed, boxes, cuts, best)
-    every = cuts._with(box_rows(bm, boxes))
+    maps = affine_maps(bm)
+    first = _solve_all(bm, maps, regions, rows, parsed, boxes, cuts, best)
+    every = cuts._with(krelu.box_rows(bm, boxes))
     found = bm._bound(
         regions, rows, "alpha-crown", plain, return_linear, boxes=(boxes, {}), cuts=every, first=first
     )
-    return krelu._better(best, found)
+
+    def solve(regions: list[Any], spec: Tensor, boxes: krelu.Boxes, samples: Tensor) -> Tensor:
+        own = cuts._of_samples(samples)
+        rows = (spec, torch.arange(len(spec), device=spec.device), 1)
+        lower = dataclasses.replace(plain, side="lower", threshold=None, time_limit=parsed.time_limit)
+        first = _solve_all(bm, maps, regions, rows, lower, boxes, own, None)
+        every = own._with(krelu.box_rows(bm, boxes))
+        leaf = bm._bound(regions, rows, "alpha-crown", lower, boxes=(boxes, {}), cuts=every, first=first)
+        assert leaf.lower is not None
+        return leaf.lower
+
+    return _branch.branched(bm, regions, rows, parsed, boxes, krelu._better(best, found), solve)
+
+
+def _check_size(bm: BoundedModule, boxes: krelu.Boxes) -> None:
+    values = {node.inputs[0] for node in bm.graph.nodes if node.op == "relu"} & set(boxes)
+    most = max(int(sum(((boxes[i][0] < 0) & (boxes[i][1] > 0)).flatten(1).sum(1) for i in values).max()), 0)
+    if most > LARGEST_BRANCHED:
+        raise ValueError(
+            f"leaves: method 'lp' branches where at most {LARGEST_BRANCHED} neurons of a sample have an open sign, "
+            f"got {most}; use 'krelu'"
+        )
 
 
 def _solve_all(
     bm: BoundedModule,
+    maps: dict[int, Affine],
     regions: list[Any],
     rows: krelu.Rows | None,
     parsed: Options,
     boxes: krelu.Boxes,
     cuts: krelu.CutSet,
-    best: Bounds,
+    best: Bounds | None,
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Slopes and multipliers of every row, as the engine takes them: all lower bounds, then all upper ones."""
-    maps = affine_maps(bm)
     like = regions[0][0]
     batch, outputs = len(like), bm.graph.numel(bm.graph.output)
     if rows is None:
@@ -354,9 +363,9 @@ def _solve_all(
         program = Program(bm, maps, mine, cuts, b)
         out = []
         for sign in signs:
-            known = best.lower if sign > 0 else best.upper
-            assert known is not None
-            for s, value in enumerate(known[b].flatten().tolist()):
+            known = None if best is None else best.lower if sign > 0 else best.upper
+            for s in range(count):
+                value = -math.inf * sign if known is None else float(known[b].detach().flatten()[s])
                 done = parsed.threshold is not None and value * sign > parsed.threshold * sign
                 out.append(None if done else program.solve(sign * all_rows[b, s], until))
         return out

@@ -187,7 +187,10 @@ class BoundedModule(nn.Module):
             rows: of ``"krelu"`` and ``"lp"``: how many constraints a group has at most, 12 and 0.
             effort: of ``"lipschitz"``: ``"normal"`` or ``"high"``, of its norms (:func:`pycert.ops.masked_norm`).
             norms: of ``"lipschitz"``: ``"gram"``; ``"power"``, which only estimates norms, is refused.
+            leaves: of ``"krelu"`` and ``"lp"``: parts, at most, into which the region is branched for one bound, by
+                the signs of neurons; 1 (none). With as many as it takes the bound is that of the network itself.
             time_limit: of ``"lp"``: seconds of a sample; what is not solved then keeps the bound of alpha-crown.
+                Branching may take as much again; of ``"krelu"`` it limits branching alone.
             cut_rate: of ``"krelu"``: the first step of multipliers, in units of a coefficient's usual size, 0.1.
             directions: of ``"krelu"`` and ``"lp"``: steps of ascent for every sum and difference of neurons that the
                 constraints rest on, 0 (crown).
@@ -339,7 +342,12 @@ class BoundedModule(nn.Module):
             Module path of the layer that computes the value -> ``Bounds``, each ``[B, *shape]``, in
             the order of the network.
         """
-        parsed = parse(method, options, ("method",), without=("side", "intermediate", "threshold"))
+        parsed = parse(
+            method,
+            options,
+            ("method",),
+            without=("side", "intermediate", "threshold", "leaves", "time_limit"),
+        )
         parsed = dataclasses.replace(parsed, intermediate=method if method in INTERMEDIATES else "crown")
         if method in ("forward", "lipschitz", "lp"):
             raise ValueError(

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Boxes = dict[int, tuple[Tensor, Tensor]]
 #: Rows to bound: a table, the table's row of every (sample, spec) or None, and how many a sample has.
 Rows = tuple[Tensor, Tensor | None, int]
+#: Steps of ascent for a leaf of a branching, at most.
+LEAF_STEPS = 20
 _TABLE_BYTES = 1 << 26  # of directions that are bounded at once
 
 
@@ -258,6 +260,13 @@ class CutSet:
             both.cuts[activation] = _joined(both.cuts[activation], cuts) if activation in both.cuts else cuts
         return both
 
+    def _of_samples(self, samples: Tensor) -> CutSet:
+        found = CutSet(self.bm)
+        for a, c in self.cuts.items():
+            at = samples if len(c.P_c) > 1 else torch.zeros_like(samples)
+            found.cuts[a] = Cuts(c.layer, c.index[at], c.P_x[at], c.P_y[at], c.P_c[at])
+        return found
+
 
 def _nonzero(P_y: Tensor, P_x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Dense rows by their nonzero elements: ``P_y``, ``P_x`` and ``index``, each ``[..., R, k]``."""
@@ -301,6 +310,24 @@ def hull_cuts(bm: BoundedModule, region: Region, **options: Any) -> CutSet:
     regions, _ = bm._regions(region)
     _, cuts = known_boxes(bm, regions, parsed)
     return cuts
+
+
+def box_rows(bm: BoundedModule, boxes: Boxes) -> CutSet:
+    """``z >= lower`` of every neuron of every ReLU layer, then ``z <= upper``; infinite ends give rows of zeros."""
+    found = CutSet(bm)
+    for i, node in enumerate(bm.graph.nodes):
+        if node.op != "relu" or i > bm.graph.output:
+            continue
+        lower, upper = (t.detach().flatten(1) for t in boxes[node.inputs[0]])
+        batch, n = lower.shape
+        ends = torch.cat([-lower, upper], dim=1)
+        sign = torch.cat([torch.ones_like(lower), -torch.ones_like(upper)], dim=1)
+        known = torch.isfinite(ends)
+        index = torch.arange(n, device=lower.device).repeat(2).expand(batch, 2 * n).unsqueeze(2)
+        P_x = torch.where(known, sign, 0).unsqueeze(2)
+        name = _name(bm.graph, node.inputs[0])
+        found.cuts[i] = Cuts(name, index, P_x, torch.zeros_like(P_x), torch.where(known, ends, 0))
+    return found
 
 
 def _layer_cuts(
@@ -405,10 +432,10 @@ def _tightened(
     """Bounds of the neurons of one layer whose sign is open, with slopes and multipliers optimised for each."""
     lower, upper = box[0].flatten(1), box[1].flatten(1)
     part, table = _truncated(bm, node), torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device)
-    crown = part._layer_boxes(regions, "crown", _bare(parsed), boxes=(given, {})).get(node)
-    if crown is not None:
-        lower = torch.maximum(lower, crown[0].flatten(1))
-        upper = torch.minimum(upper, crown[1].flatten(1))
+    crown = part._bound(regions, None, "crown", _bare(parsed), boxes=(given, {}))
+    assert crown.lower is not None and crown.upper is not None
+    lower = torch.maximum(lower, crown.lower.flatten(1))
+    upper = torch.minimum(upper, crown.upper.flatten(1))
     open_ones = ((lower < 0) & (upper > 0)).any(0).nonzero().flatten()
     if len(open_ones) > 0:
         rows = (
@@ -431,11 +458,27 @@ def bound_rows(
     bm: BoundedModule, regions: list[Any], rows: Rows | None, parsed: Options, return_linear: bool
 ) -> Bounds:
     """``method="krelu"`` of :meth:`BoundedModule.bound`."""
+    from pycert import _branch  # it needs this module
+
+    _branch.check(parsed, return_linear)
     boxes, cuts = known_boxes(bm, regions, parsed)
     if parsed.cuts is not None:
         cuts = cuts._with(parsed.cuts)
     given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
-    return ascended(bm, regions, rows, given, boxes, cuts, return_linear)
+    best = ascended(bm, regions, rows, given, boxes, cuts, return_linear)
+    steps = min(parsed.iterations, LEAF_STEPS)
+    leaf = dataclasses.replace(given, side="lower", iterations=steps, threshold=None)
+
+    def solve(regions: list[Any], spec: Tensor, boxes: Boxes, samples: Tensor) -> Tensor:
+        rows = (spec, torch.arange(len(spec), device=spec.device), 1)
+        ends = box_rows(bm, boxes)
+        if parsed.cuts is not None:
+            ends = ends._with(parsed.cuts._of_samples(samples))
+        found = bm._bound(regions, rows, "alpha-crown", leaf, boxes=(boxes, {}), cuts=ends).lower
+        assert found is not None
+        return found
+
+    return _branch.branched(bm, regions, rows, parsed, boxes, best, solve)
 
 
 def ascended(

@@ -57,8 +57,12 @@ class Options:
     directions: int = 0
     cuts: Any = None
     time_limit: float | None = None
+<<<<<<< HEAD
     norms: str = "gram"
     effort: str = "normal"
+=======
+    leaves: int = 1
+>>>>>>> 724cdaf (Branch over the signs of neurons; leave out rows that a long ascent does not use)
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Options))
@@ -70,9 +74,13 @@ JOINT = ("k", "ns", "s", "cover", "least", "rows", "cut_rate", "directions", "cu
 TAKEN_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ASCENT, ("alpha-crown", "krelu", "lp")),
     **dict.fromkeys(JOINT, ("krelu", "lp")),
+<<<<<<< HEAD
     "time_limit": ("lp",),
     "norms": ("lipschitz",),
     "effort": ("lipschitz",),
+=======
+    **dict.fromkeys(("time_limit", "leaves"), ("krelu", "lp")),
+>>>>>>> 724cdaf (Branch over the signs of neurons; leave out rows that a long ascent does not use)
 }
 #: Defaults that differ from those of ``Options``.
 _DEFAULTS: dict[str, dict[str, Any]] = {"krelu": {"iterations": 60}, "lp": {"iterations": 60, "rows": 0}}
@@ -142,6 +150,8 @@ def _check_joint(options: Options) -> None:
         value = getattr(options, name)
         if not _is_number(value) or not least <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+    if not isinstance(options.leaves, int) or isinstance(options.leaves, bool) or options.leaves < 1:
+        raise ValueError(f"leaves must be an integer of at least 1, got {options.leaves!r}")
     limit = options.time_limit
     if limit is not None and not (_is_number(limit) and limit >= 0):
         raise ValueError(f"time_limit must be seconds or None, got {limit!r}")

@@ -253,6 +253,23 @@ def test_multiples_that_cancel_leave_little():
         assert (chosen.lower.double() >= sign * truth - 1e-3).all()
 
 
+def test_rows_left_out_of_a_long_ascent_cost_little():
+    """Thousands of rows and 60 steps: most rows are left out half-way."""
+    torch.manual_seed(7)
+    net = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 2))
+    x = torch.randn(1, 6)
+    bm, region = pycert.BoundedModule(net, x), pycert.LpBall(x, eps=0.8)
+    options = dict(ns=20, cut_rate=0.2)
+    single = bm.bound(region, "alpha-crown")
+    found = bm.bound(region, "krelu", iterations=60, **options)
+    before = bm.bound(region, "krelu", iterations=59, **options)  # too few steps for it
+    assert min(c.P_c.shape[1] for c in krelu.hull_cuts(bm, region, ns=20).cuts.values()) > 400
+    width, without, most = ((b.upper - b.lower).sum().item() for b in (found, before, single))
+    assert most - width > 0.9 * (most - without)
+    values = outputs(bm.net, samples(region))
+    assert (found.lower.double() <= values.amin(0)).all() and (found.upper.double() >= values.amax(0)).all()
+
+
 def test_rows_hold_for_executions_of_the_network():
     bm, region = random_net(3)
     points = samples(region)

@@ -155,8 +155,8 @@ def test_errors_say_what_is_missing(monkeypatch):
     bm, region = random_net(0)
     with pytest.raises(ValueError, match="time_limit must be seconds or None, got -1"):
         bm.bound(region, "lp", time_limit=-1)
-    with pytest.raises(ValueError, match="option 'time_limit' is one of 'lp', not of 'krelu'"):
-        bm.bound(region, "krelu", time_limit=1)
+    with pytest.raises(ValueError, match="option 'time_limit' is one of 'krelu', 'lp', not of 'crown'"):
+        bm.bound(region, "crown", time_limit=1)
     curved = nn.Sequential(nn.Linear(2, 2), nn.Sigmoid(), nn.Linear(2, 2))
     with pytest.raises(pycert.UnsupportedOperator, match="sigmoid.*method 'lp' takes ReLU networks"):
         pycert.BoundedModule(curved, torch.empty(1, 2)).bound(pycert.LpBall(torch.zeros(1, 2), 0.1), "lp")

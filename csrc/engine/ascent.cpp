@@ -15,6 +15,7 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -28,6 +29,8 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kLargest = 1e4;                        // multiplier, in units of a coefficient's usual size
 constexpr int64_t kPreferredBytes = int64_t(32) << 20;  // of one ascent
 constexpr double kShareThatPays = 0.25;                 // of groups that are done, for leaving them out
+constexpr int64_t kStepsWithAllCuts = 30;               // before those that are used least are left out
+constexpr int64_t kCutsPerKept = 4, kFewCuts = 200;     // one of so many is kept, and no fewer than these
 
 // Where a row is good enough; upper bounds are lower bounds of negated rows.
 Tensor targets(const Start& start, double threshold) {
@@ -43,6 +46,7 @@ struct Free {
   SlopeRange range;                   // [B, n]
   Tensor slope, first, second, best;  // [G, n]; best: of all groups that there were
   Tensor unit, best_unit;             // of multipliers, [G, 1]: what they are counted in; undefined: slopes
+  Tensor kept, best_of_all;           // once cuts are left out: numbers of those kept [B, R'], best [G, R] before
   bool cuts() const { return unit.defined(); }
 };
 
@@ -57,6 +61,7 @@ class Ascender {
         sound_(std::move(sound)),
         options_(options) {
     best_row_ = at::arange(sample_.size(0), sample_.options());
+    cuts_ = plain.options().cuts;
     at_best_ = at::full({start_.count()}, -kInfinity, sound_.options());
     target_ = targets(start_, threshold);
     const auto reached = plain.program().before(start.node);
@@ -81,7 +86,7 @@ class Ascender {
     }
     for (const Free& f : free_) {
       if (f.cuts())
-        out.multipliers[f.activation] = f.best * f.best_unit;
+        out.multipliers[f.activation] = (f.kept.defined() ? of_all_cuts(f, out.sample) : f.best) * f.best_unit;
       else
         out.tables[f.activation] = f.best;
     }
@@ -95,7 +100,7 @@ class Ascender {
 
   void add(int64_t activation, const SlopeRange& range, const Tensor& start, const Tensor& unit) {
     free_.push_back(
-        {activation, range, start, at::zeros_like(start), at::zeros_like(start), start.clone(), unit, unit});
+        {activation, range, start, at::zeros_like(start), at::zeros_like(start), start.clone(), unit, unit, {}, {}});
   }
 
   // Where the ascent starts: from what the caller gave for these rows (groups are rows then), or from `rule`.
@@ -125,7 +130,7 @@ class Ascender {
   // Whether another step is to follow.
   bool iterate(int64_t step) {
     const bool last = step == options_.iterations;
-    Slopes slopes{group_, sample_, {}, {}};
+    Slopes slopes{group_, sample_, {}, {}, nullptr, &cuts_};
     std::vector<Tensor> leaves;
     at::AutoGradMode with_grad(!last);
     for (Free& f : free_) {
@@ -158,7 +163,10 @@ class Ascender {
                     f.range.lowest, f.range.highest, sample_, best_row_, improved, step + 1,
                     (f.cuts() ? options_.cut_rate : options_.rate) * decay);
     }
+    if (improved_since_.defined())
+      improved_since_.index_fill_(0, best_row_.index_select(0, improved.nonzero().flatten()), true);
     if (double(is_open.sum().item<int64_t>()) <= (1 - kShareThatPays) * double(groups())) leave_out(is_open);
+    if (step + 1 == kStepsWithAllCuts && options_.iterations >= 2 * kStepsWithAllCuts) leave_out_cuts();
     return true;
   }
 
@@ -171,6 +179,36 @@ class Ascender {
   void keep(const Tensor& improved) {
     const Tensor which = improved.nonzero().flatten(), rows = best_row_.index_select(0, which);
     for (Free& f : free_) f.best.index_copy_(0, rows, f.slope.detach().index_select(0, which));
+    if (improved_since_.defined()) improved_since_.index_fill_(0, rows, true);
+  }
+
+  // Most rows of hulls are never used: goes on with those of every sample that have the largest multipliers so far.
+  void leave_out_cuts() {
+    bool any = false;
+    for (Free& f : free_) {
+      if (!f.cuts() || f.slope.size(1) < 2 * kFewCuts) continue;
+      any = true;
+      Cuts& c = cuts_.at(f.activation);
+      const Tensor slope = f.slope.detach();
+      const Tensor use = at::zeros({c.index.size(0), slope.size(1)}, slope.options()).index_add(0, sample_, slope);
+      const int64_t count = std::max(kFewCuts, slope.size(1) / kCutsPerKept);
+      f.kept = std::get<0>(std::get<1>(use.topk(count, 1, true, false)).sort(1));
+      const Tensor wide = f.kept.unsqueeze(2).expand({-1, -1, c.index.size(2)});
+      c = {c.index.gather(1, wide), c.of_value.gather(1, wide), c.of_activation.gather(1, wide),
+           c.constant.gather(1, f.kept)};
+      const Tensor mine = f.kept.index_select(0, sample_);
+      f.best_of_all = f.best;
+      f.best = at::zeros({f.best.size(0), count}, f.best.options());
+      for (Tensor* t : {&f.slope, &f.first, &f.second}) *t = t->detach().gather(1, mine);
+      f.range = {at::zeros_like(c.constant), at::zeros_like(c.constant), at::full_like(c.constant, kLargest)};
+    }
+    if (any) improved_since_ = at::zeros({free_.front().best.size(0)}, sample_.options().dtype(at::kBool));
+  }
+
+  // Multipliers [G, R] of all cuts: those found after some were left out where they are better.
+  Tensor of_all_cuts(const Free& f, const Tensor& sample) const {
+    const Tensor found = at::zeros_like(f.best_of_all).scatter(1, f.kept.index_select(0, sample), f.best);
+    return at::where(improved_since_.unsqueeze(1), found, f.best_of_all);
   }
 
   void leave_out(const Tensor& is_open) {
@@ -194,6 +232,8 @@ class Ascender {
   Tensor sound_, at_best_, target_;   // [Q] double: before the ascent; at the best slopes; where a row is done
   const Ascent& options_;
   std::vector<Free> free_;
+  std::unordered_map<int64_t, Cuts> cuts_;
+  Tensor improved_since_;  // of every group that there was: since cuts were left out
 };
 
 // Rows of one group have the same slopes: the row itself, or its sample and side.
@@ -250,6 +290,7 @@ Slopes search_in_chunks(Context& context, Context& plain, const Start& start, co
 // Every coefficient is kept for the gradient, twice where it passes an activation.
 double ascent_bytes(const Context& context, int64_t start) {
   const auto reached = context.program().before(start);
+  const bool device_terms = !context.device().is_cpu();  // there all products of a row are kept at once
   double numbers = 0;
   for (int64_t i = 0; i <= start; ++i) {
     if (!reached[size_t(i)]) continue;
@@ -258,7 +299,8 @@ double ascent_bytes(const Context& context, int64_t start) {
     if (context.has_free_slope(i)) numbers += (context.options().ascent.shared ? 1 : 6) * double(node.numel);
     const auto cuts = context.options().cuts.find(i);  // terms of either side in double, and their places
     if (cuts != context.options().cuts.end())
-      numbers += 8 * double(cuts->second.index.numel() / context.batch()) + 8 * double(node.numel);
+      numbers += 8 * double(cuts->second.index.size(1)) * (device_terms ? double(cuts->second.index.size(2)) : 1.0) +
+                 8 * double(node.numel);
   }
   return numbers * double(c10::elementSize(context.dtype())) + 256;
 }

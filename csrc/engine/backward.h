@@ -41,6 +41,7 @@ struct Slopes {
   Tables tables;               // of activations: [G, n], within slope_range
   Tables multipliers;          // of activations with cuts: [G, R], nonnegative
   Tables* measured = nullptr;  // of activations with cuts: takes the mean size of a row's coefficients [Q, 1]
+  const std::unordered_map<int64_t, Cuts>* cuts = nullptr;  // whose multipliers there are; null: those of the options
 };
 
 // What a walk gives for its rows.

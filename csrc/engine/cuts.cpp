@@ -148,8 +148,10 @@ struct CutFunction : torch::autograd::Function<CutFunction> {
 
 // A cut is at least 0 on every execution: a lower bound of the rows less multiples of cuts is one of the rows.
 Rows Walk::take_cuts_off(int64_t i, Rows rows) {
-  const auto found = context_.options().cuts.find(i);
-  if (slopes_ == nullptr || stop_at_activations_ || found == context_.options().cuts.end()) return rows;
+  if (slopes_ == nullptr || stop_at_activations_) return rows;
+  const auto& cuts = slopes_->cuts != nullptr ? *slopes_->cuts : context_.options().cuts;
+  const auto found = cuts.find(i);
+  if (found == cuts.end()) return rows;
   const bool measuring = slopes_->measured != nullptr;
   if (!measuring && slopes_->multipliers.count(i) == 0) return rows;
   rows = own(i, dense(i, std::move(rows)));

@@ -41,6 +41,7 @@ SOME_OPTIONS = (
     "s",
     "cover",
     "rows",
+    "leaves",
     "time_limit",
     "effort",
 )
@@ -124,7 +125,16 @@ def _add_bound_options(parser: argparse.ArgumentParser) -> None:
         help="of krelu and lp: rows of a group (default 12; lp 0, triangles alone)",
     )
     bounds.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="of lp, for a sample (default none)"
+        "--leaves",
+        type=int,
+        metavar="N",
+        help="of krelu and lp: parts, at most, that a margin is branched into (default 1: none)",
+    )
+    bounds.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="of lp, and of krelu's branching, for a sample (default none)",
     )
     bounds.add_argument("--effort", choices=EFFORTS, help="of lipschitz: of its norms (default normal)")
     bounds.add_argument(
