@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Leaves that are split at once, at most: their halves are one batch of the engine.
 AT_ONCE = 32
 #: How much of the larger gain counts beside the smaller one where a neuron is chosen.
-SHARE_OF_LARGER = 0.1
+SHARE_OF_LARGER = 0.5
 
 #: Lower bounds ``[N, 1]`` of one row on each of ``N`` regions with their boxes; rows ``[N, n_out]``, samples ``[N]``.
 Solve = Callable[[list[Any], Tensor, krelu.Boxes, Tensor], Tensor]
@@ -90,9 +90,15 @@ def branched(
     if parsed.leaves <= 1:
         return best
     flat = {i: (lower.detach().flatten(1), upper.detach().flatten(1)) for i, (lower, upper) in boxes.items()}
+    shapes = {i: lower.shape[1:] for i, (lower, _) in boxes.items()}
+
+    def of_shapes(regions: list[Any], rows: Tensor, boxes: krelu.Boxes, samples: Tensor) -> Tensor:
+        shaped = {i: (a.view(-1, *shapes[i]), b.view(-1, *shapes[i])) for i, (a, b) in boxes.items()}
+        return solve(regions, rows, shaped, samples)
+
     with torch.no_grad():
         trees, places = _trees(bm, regions, rows, parsed, best)
-        _grow(bm, regions, parsed, flat, trees, solve)
+        _grow(bm, regions, parsed, flat, trees, of_shapes)
     found = dataclasses.replace(best)
     for tree, (name, b, s) in zip(trees, places, strict=True):
         _improve(found, name, b, s, tree.bound)
@@ -149,7 +155,6 @@ def _grow(
     """Splits leaves until all are good enough or a limit is reached."""
     limit = math.inf if parsed.time_limit is None else parsed.time_limit * len(regions[0][0])
     until = time.monotonic() + limit
-    parts = {i: krelu._truncated(bm, i) for i in boxes}
     for begin in range(0, len(trees), AT_ONCE):  # which neuron to split first
         group = trees[begin : begin + AT_ONCE]
         roots = [tree.leaves.pop() for tree in group]
@@ -168,8 +173,6 @@ def _grow(
         for tree, _ in chosen:
             tree.count += 1
         owners, leaves = [tree for tree, _ in halves], [half for _, half in halves]
-        first = min(leaf.gain[1] for _, leaf in chosen)
-        _tighten(parts, regions, parsed, owners, leaves, first)
         _bound_leaves(bm, regions, parsed, owners, leaves, solve)
 
 
@@ -196,32 +199,6 @@ def _stacked(leaves: list[Leaf]) -> krelu.Boxes:
 
 def _samples(regions: list[Any], trees: list[Tree]) -> Tensor:
     return torch.tensor([tree.sample for tree in trees], device=regions[0][0].device)
-
-
-def _tighten(
-    parts: dict[int, BoundedModule],
-    regions: list[Any],
-    parsed: Options,
-    trees: list[Tree],
-    leaves: list[Leaf],
-    first: int,
-) -> None:
-    """CROWN's bounds of the layers after the first one with a split."""
-    own = _of_samples(regions, _samples(regions, trees))
-    plain = dataclasses.replace(krelu._bare(parsed), side="both")
-    known: krelu.Boxes = {}
-    for i, (lower, upper) in sorted(_stacked(leaves).items()):
-        if i > first:
-            found = parts[i]._bound(own, None, "crown", plain, boxes=(known, {}))
-            assert found.lower is not None and found.upper is not None
-            lower = torch.maximum(lower, found.lower.flatten(1))
-            upper = torch.minimum(upper, found.upper.flatten(1))
-        known[i] = (
-            torch.minimum(lower, upper),
-            torch.maximum(lower, upper),
-        )  # in order where there is no point
-    for n, leaf in enumerate(leaves):
-        leaf.boxes = {i: (lower[n : n + 1], upper[n : n + 1]) for i, (lower, upper) in known.items()}
 
 
 def _bound_leaves(

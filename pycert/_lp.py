@@ -28,8 +28,8 @@ Array = NDArray[np.float64]
 VIOLATION = 1e-6
 #: Rows that enter at a time, at most, and how often.
 ROWS_AT_A_TIME, ROUNDS = 250, 12
-#: Neurons of a sample whose sign is open, at most, where leaves are bounded by linear programs.
-LARGEST_BRANCHED = 1000
+#: Neurons of a sample whose sign is open, at most, where leaves are bounded by linear programs; else by ascent.
+LARGEST_BRANCHED = 100
 
 
 def solver() -> Any:
@@ -294,8 +294,6 @@ def bound_rows(
     solver()
     _branch.check(parsed, return_linear)
     boxes, cuts = krelu.known_boxes(bm, regions, parsed)
-    if parsed.leaves > 1:
-        _check_size(bm, boxes)
     if parsed.cuts is not None:
         cuts = cuts._with(parsed.cuts)
     given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
@@ -308,27 +306,49 @@ def bound_rows(
         regions, rows, "alpha-crown", plain, return_linear, boxes=(boxes, {}), cuts=every, first=first
     )
 
+    best = krelu._better(best, found)
+    if parsed.leaves == 1:
+        return best
+    if _open_neurons(bm, boxes) > LARGEST_BRANCHED:
+        solve = krelu.leaf_solver(bm, parsed, _used(cuts, first[1]))
+    else:
+        solve = _leaf_solver(bm, maps, parsed, cuts)
+    return _branch.branched(bm, regions, rows, parsed, boxes, best, solve)
+
+
+def _leaf_solver(bm: BoundedModule, maps: dict[int, Affine], parsed: Options, cuts: krelu.CutSet) -> Any:
+    """Bounds of leaves of a branching by linear programs."""
+    options = dataclasses.replace(parsed, intermediate="crown", side="lower", iterations=0, threshold=None)
+
     def solve(regions: list[Any], spec: Tensor, boxes: krelu.Boxes, samples: Tensor) -> Tensor:
         own = cuts._of_samples(samples)
         rows = (spec, torch.arange(len(spec), device=spec.device), 1)
-        lower = dataclasses.replace(plain, side="lower", threshold=None, time_limit=parsed.time_limit)
-        first = _solve_all(bm, maps, regions, rows, lower, boxes, own, None)
+        first = _solve_all(bm, maps, regions, rows, options, boxes, own, None)
         every = own._with(krelu.box_rows(bm, boxes))
-        leaf = bm._bound(regions, rows, "alpha-crown", lower, boxes=(boxes, {}), cuts=every, first=first)
+        leaf = bm._bound(regions, rows, "alpha-crown", options, boxes=(boxes, {}), cuts=every, first=first)
         assert leaf.lower is not None
         return leaf.lower
 
-    return _branch.branched(bm, regions, rows, parsed, boxes, krelu._better(best, found), solve)
+    return solve
 
 
-def _check_size(bm: BoundedModule, boxes: krelu.Boxes) -> None:
+def _used(cuts: krelu.CutSet, multipliers: dict[int, Tensor]) -> krelu.CutSet:
+    """The rows that have multipliers in the solution of a program, of any sample."""
+    found = krelu.CutSet(cuts.bm)
+    for activation, c in cuts.cuts.items():
+        use = multipliers[activation][:, : c.P_c.shape[1]].amax(0)
+        at = (use > 0).nonzero().flatten()
+        if len(at) > 0:
+            parts = (t[:, at] for t in (c.index, c.P_x, c.P_y, c.P_c))
+            found.cuts[activation] = krelu.Cuts(c.layer, *parts)
+    return found
+
+
+def _open_neurons(bm: BoundedModule, boxes: krelu.Boxes) -> int:
+    """Neurons of a sample whose sign is open, at most."""
     values = {node.inputs[0] for node in bm.graph.nodes if node.op == "relu"} & set(boxes)
-    most = max(int(sum(((boxes[i][0] < 0) & (boxes[i][1] > 0)).flatten(1).sum(1) for i in values).max()), 0)
-    if most > LARGEST_BRANCHED:
-        raise ValueError(
-            f"leaves: method 'lp' branches where at most {LARGEST_BRANCHED} neurons of a sample have an open sign, "
-            f"got {most}; use 'krelu'"
-        )
+    counts = [((boxes[i][0] < 0) & (boxes[i][1] > 0)).flatten(1).sum(1) for i in values]
+    return int(torch.stack(counts).sum(0).max()) if counts else 0
 
 
 def _solve_all(

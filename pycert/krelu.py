@@ -466,19 +466,25 @@ def bound_rows(
         cuts = cuts._with(parsed.cuts)
     given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
     best = ascended(bm, regions, rows, given, boxes, cuts, return_linear)
+    solve = leaf_solver(bm, parsed, CutSet(bm) if parsed.cuts is None else parsed.cuts)
+    return _branch.branched(bm, regions, rows, parsed, boxes, best, solve)
+
+
+def leaf_solver(bm: BoundedModule, parsed: Options, cuts: CutSet) -> Any:
+    """Bounds of leaves of a branching by ascent, with rows ``cuts`` and the ends of all boxes as rows."""
     steps = min(parsed.iterations, LEAF_STEPS)
-    leaf = dataclasses.replace(given, side="lower", iterations=steps, threshold=None)
+    options = dataclasses.replace(
+        parsed, intermediate="crown", side="lower", iterations=steps, threshold=None
+    )
 
     def solve(regions: list[Any], spec: Tensor, boxes: Boxes, samples: Tensor) -> Tensor:
         rows = (spec, torch.arange(len(spec), device=spec.device), 1)
-        ends = box_rows(bm, boxes)
-        if parsed.cuts is not None:
-            ends = ends._with(parsed.cuts._of_samples(samples))
-        found = bm._bound(regions, rows, "alpha-crown", leaf, boxes=(boxes, {}), cuts=ends).lower
+        every = cuts._of_samples(samples)._with(box_rows(bm, boxes))
+        found = bm._bound(regions, rows, "alpha-crown", options, boxes=(boxes, {}), cuts=every).lower
         assert found is not None
         return found
 
-    return _branch.branched(bm, regions, rows, parsed, boxes, best, solve)
+    return solve
 
 
 def ascended(

@@ -11,7 +11,7 @@ from torch import nn
 
 import pycert
 from pycert import _branch, krelu
-from tests.test_krelu_bound import least_by_vertices, outputs, primer_net, random_net, samples
+from tests.test_krelu_bound import CASES, least_by_vertices, outputs, primer_net, random_net, samples
 
 LP = pytest.param(
     "lp",
@@ -33,6 +33,32 @@ def test_with_enough_leaves_the_bound_is_the_exact_minimum(seed, method):
     assert Fraction(found) <= exact
     assert without < float(exact) - 2e-2
     assert float(exact) - found < (1e-5 if method == "lp" else 0.25 * (float(exact) - without))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bounds_hold_in_convolutional_networks(method):
+    torch.manual_seed(1)
+    net, shape = CASES["convolutional"]()
+    x = torch.randn(2, *shape)
+    bm, region = pycert.BoundedModule(net, x), pycert.LpBall(x, eps=0.3)
+    options = dict(rows=0, iterations=5, soundness="real")
+    few = bm.bound(region, method, **options)
+    found = bm.bound(region, method, leaves=4, **options)
+    values = outputs(net, samples(region))
+    assert (found.lower.double() <= values.amin(0)).all() and (found.upper.double() >= values.amax(0)).all()
+    assert (found.upper - found.lower).sum() < 0.99 * (few.upper - few.lower).sum()
+
+
+def test_bounds_hold_with_other_activations():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.LeakyReLU(), nn.Linear(8, 2))
+    x = torch.randn(2, 4)
+    bm, region = pycert.BoundedModule(net, x), pycert.LpBall(x, eps=1.0)
+    few = bm.bound(region, "krelu", rows=0, iterations=5)
+    found = bm.bound(region, "krelu", leaves=6, rows=0, iterations=5)
+    values = outputs(net, samples(region))
+    assert (found.lower.double() <= values.amin(0)).all() and (found.upper.double() >= values.amax(0)).all()
+    assert (found.upper - found.lower).sum() < 0.999 * (few.upper - few.lower).sum()
 
 
 @pytest.mark.parametrize("soundness", ["deployed", "real"])
@@ -159,6 +185,29 @@ def test_branched_bounds_have_no_gradient_and_others_keep_theirs():
     torch.testing.assert_close(branched, bm.net[0].weight.grad)
 
 
+def test_leaves_of_larger_networks_are_bounded_by_ascent_with_the_rows_that_the_program_used(monkeypatch):
+    pytest.importorskip("highspy", reason="method 'lp' needs highspy")
+    from pycert import _lp
+
+    solved, used = [], []
+    solve, choose = _lp.Program.solve, _lp._used
+    monkeypatch.setattr(_lp, "LARGEST_BRANCHED", 3)
+    monkeypatch.setattr(_lp.Program, "solve", lambda self, *a: solved.append(1) or solve(self, *a))
+    monkeypatch.setattr(_lp, "_used", lambda *a: used.append((a[0], choose(*a))) or used[0][1])
+    bm, _ = random_net(3)
+    region = pycert.LpBall(torch.zeros(2, 6), eps=torch.tensor([0.8, 0.5]))
+    options = dict(rows=12, ns=12, iterations=20, side="lower", cut_rate=0.2)
+    before = bm.bound(region, "lp", **options).lower
+    assert len(solved) == 6
+    found = bm.bound(region, "lp", leaves=12, **options).lower
+    assert len(solved) == 12  # the same programs, and none for a leaf
+    every, few = used[0]
+    assert 0 < few.count < every.count
+    values = outputs(bm.net, samples(region))
+    assert (found.double() <= values.amin(0)).all()
+    assert (found > before + 1e-3).any() and (found >= before).all()
+
+
 def test_certify_by_branching():
     bm, region = random_net(3)
     y = bm.net(region.x).argmax(1)
@@ -168,7 +217,7 @@ def test_certify_by_branching():
     assert (many.margin >= few.margin).all()
 
 
-def test_errors_name_the_argument(monkeypatch):
+def test_errors_name_the_argument():
     bm, region = random_net(0)
     for value in (0, True, 1.5):
         with pytest.raises(ValueError, match=f"leaves must be an integer of at least 1, got {value}"):
@@ -181,10 +230,3 @@ def test_errors_name_the_argument(monkeypatch):
         bm.bound(region, "krelu", leaves=2, return_linear=True)
     with pytest.raises(ValueError, match="unknown option 'leaves'"):
         bm.layer_bounds(region, "krelu", leaves=2)
-    lp = pytest.importorskip("pycert._lp")
-    pytest.importorskip("highspy", reason="method 'lp' needs highspy")
-    monkeypatch.setattr(lp, "LARGEST_BRANCHED", 3)
-    with pytest.raises(
-        ValueError, match="at most 3 neurons of a sample have an open sign, got 1?[0-9]; use 'krelu'"
-    ):
-        bm.bound(region, "lp", leaves=2)
