@@ -96,6 +96,17 @@ def test_the_halves_cover_the_region_and_hold_their_own_points():
                 assert changed in ([], [[0, number]]) and (i == node or not changed)
 
 
+def test_the_bound_of_a_tree_is_that_of_its_worst_leaf():
+    tree = _branch.Tree(0, torch.zeros(1), 0.0, [])
+    for bound, gain in ((1.0, 1.0), (-0.5, 1.0), (-0.2, 1.0)):
+        tree.add(_branch.Leaf(bound, {}, (gain, 0, 0)))
+    assert tree.bound == -0.5 and tree.can_gain and len(tree.leaves) == 2
+    assert [leaf.bound for leaf in tree.take(1, 100)] == [-0.5]
+    assert tree.bound == -0.2
+    tree.add(_branch.Leaf(-2.0, {}, (0.0, 0, 0)))  # nothing left to split
+    assert tree.bound == -2.0 and not tree.can_gain
+
+
 def test_leaves_of_every_sample_are_bounded_on_their_own_region():
     """Samples that lie far apart: a leaf on another sample's region would be wrong for both."""
     bm, _ = random_net(3)
