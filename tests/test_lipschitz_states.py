@@ -209,8 +209,10 @@ def test_nan_weights_give_no_number():
     bm = pycert.BoundedModule(net, torch.empty(1, 2).double())
     with torch.no_grad():
         net[2].weight[0, 0] = torch.nan
-    found = lipschitz.local_bound(bm, pycert.LpBall(torch.zeros(1, 2).double(), 0.1, 2))
-    assert not torch.isfinite(found).any()
+    region = pycert.LpBall(torch.zeros(1, 2).double(), 0.1, 2)
+    for call in (lipschitz.local_bound, lipschitz.jacobian_bound):
+        with pytest.raises(ValueError, match=r"'2\.weight' has NaN or infinite values"):
+            call(bm, region)
 
 
 FUNCTIONS = {
