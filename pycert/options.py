@@ -57,12 +57,9 @@ class Options:
     directions: int = 0
     cuts: Any = None
     time_limit: float | None = None
-<<<<<<< HEAD
     norms: str = "gram"
     effort: str = "normal"
-=======
     leaves: int = 1
->>>>>>> 724cdaf (Branch over the signs of neurons; leave out rows that a long ascent does not use)
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Options))
@@ -74,13 +71,9 @@ JOINT = ("k", "ns", "s", "cover", "least", "rows", "cut_rate", "directions", "cu
 TAKEN_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ASCENT, ("alpha-crown", "krelu", "lp")),
     **dict.fromkeys(JOINT, ("krelu", "lp")),
-<<<<<<< HEAD
-    "time_limit": ("lp",),
     "norms": ("lipschitz",),
     "effort": ("lipschitz",),
-=======
     **dict.fromkeys(("time_limit", "leaves"), ("krelu", "lp")),
->>>>>>> 724cdaf (Branch over the signs of neurons; leave out rows that a long ascent does not use)
 }
 #: Defaults that differ from those of ``Options``.
 _DEFAULTS: dict[str, dict[str, Any]] = {"krelu": {"iterations": 60}, "lp": {"iterations": 60, "rows": 0}}
