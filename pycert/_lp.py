@@ -297,11 +297,11 @@ def bound_rows(
     if parsed.cuts is not None:
         cuts = cuts._with(parsed.cuts)
     given = dataclasses.replace(parsed, intermediate="crown")  # these bounds are given
+    maps = affine_maps(bm)
     best = krelu.ascended(bm, regions, rows, given, boxes, cuts, return_linear)
     if not any(node.op == "relu" for node in bm.graph.nodes[: bm.graph.output + 1]):
         return best  # nothing is relaxed
     plain = dataclasses.replace(given, iterations=0)
-    maps = affine_maps(bm)
     first = _solve_all(bm, maps, regions, rows, parsed, boxes, cuts, best)
     every = cuts._with(krelu.box_rows(bm, boxes))
     found = bm._bound(

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "engine/context.h"
+#include "ops/device.h"
 
 namespace pycert::engine {
 
@@ -49,7 +50,7 @@ void Context::find_undefined(int64_t i) {
     Tensor mask = lower.gt(-kInfinity).logical_or_(upper.lt(kInfinity)).logical_not_();
     if (deployed() && undefined_at_infinity(node.op)) mask = mask.logical_or_(lower.isinf()).logical_or_(upper.isinf());
     mask = any_of_sample(mask);
-    if (mask.is_cpu() && !mask.any().item<bool>()) continue;
+    if (mask.is_cpu() && !is_captured(device(), dtype_) && !mask.any().item<bool>()) continue;
     found = either(found, mask);
   }
   if (found.defined()) undefined_[i] = found;
