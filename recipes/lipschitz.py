@@ -85,7 +85,8 @@ def schedule(name: str, activation: str) -> Schedule:
 
 #: Seconds between checkpoints.
 SAVE_EVERY = 60.0
-#: Convolutions as (channels, kernel, stride, padding), then widths of dense layers.
+#: Of images; convolutions as (channels, kernel, stride, padding), then widths of dense layers.
+SHAPES = {"mnist": (1, 28, 28), "cifar": (3, 32, 32), "tiny": (3, 64, 64)}
 NETWORKS = {
     "mnist": ([(32, 3, 1, 1), (32, 4, 2, 1), (64, 3, 1, 1), (64, 4, 2, 1)], [512, 512, 10]),
     "cifar": (
@@ -137,16 +138,28 @@ def build(name: str, activation: str, theta: float, shape: tuple[int, ...]) -> n
     return nn.Sequential(*layers)
 
 
-def load(paths: list[Path]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def load(paths: list[Path], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images in [0, 1] and labels of training, then of test."""
-    if len(paths) == 1:
-        file = np.load(paths[0])
-        arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
-    else:
-        arrays = [np.load(path)[key] for path in paths for key in ("x", "y")]
-    x, y, x_test, y_test = (torch.from_numpy(array) for array in arrays)
-    train, test = (t.unsqueeze(1) if t.dim() == 3 else t for t in (x.float() / 255, x_test.float() / 255))
-    return train, y.long(), test, y_test.long()
+    wanted = [("x_train", "y_train", "x_test", "y_test")] if len(paths) == 1 else [("x", "y")] * 2
+    if len(paths) != len(wanted):
+        raise ValueError(f"--data takes one file, or one of training and one of test, got {len(paths)}")
+    arrays = []
+    for path, keys in zip(paths, wanted):
+        file = np.load(path)
+        for key in keys:
+            if key not in file:
+                raise ValueError(f"{path}: needs the arrays {', '.join(keys)}, has {', '.join(file)}")
+            arrays.append(torch.from_numpy(file[key]))
+    x, y, x_test, y_test = arrays
+    images = [t.unsqueeze(1) if t.dim() == 3 else t for t in (x, x_test)]
+    for name, t, labels in zip(("training", "test"), images, (y, y_test)):
+        if t.dtype != torch.uint8 or tuple(t.shape[1:]) != shape or len(t) == 0:
+            raise ValueError(
+                f"images of {name}: need uint8 of [N, {shape}], got {t.dtype} of {list(t.shape)}"
+            )
+        if labels.shape != t.shape[:1]:
+            raise ValueError(f"labels of {name}: {list(labels.shape)} for {len(t)} images")
+    return images[0].float() / 255, y.long(), images[1].float() / 255, y_test.long()
 
 
 def augmented(x: Tensor) -> Tensor:
@@ -393,25 +406,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("network", choices=tuple(NETWORKS))
+    parser.add_argument("network", choices=tuple(NETWORKS), help="4C3F, 6C2F, 8C2F")
     parser.add_argument(
         "--data", type=Path, nargs="+", required=True, help="one file, or of training and of test"
     )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--activation", choices=("relu", "theta", "maxmin"), default="theta")
-    parser.add_argument("--bound", choices=("local", "global"), default="local")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; checkpoint and weights beside it")
+    parser.add_argument(
+        "--activation", choices=("relu", "theta", "maxmin"), default="theta", help="clipped: theta, maxmin"
+    )
+    parser.add_argument("--bound", choices=("local", "global"), default="local", help="norms in training")
     parser.add_argument("--steps", type=int, help="instead of the published number of epochs")
-    parser.add_argument("--batch", type=int)
+    parser.add_argument("--batch", type=int, help="samples a step; as published where not given")
     parser.add_argument("--decay", type=float, default=1.0, help="exponent of the learning rate's fall")
     parser.add_argument("--eps", type=float, help="test radius")
-    parser.add_argument("--train-eps", type=float)
+    parser.add_argument("--train-eps", type=float, help="training radius")
     parser.add_argument("--samples", type=int, default=1000, help="test samples to certify")
     parser.add_argument(
         "--store", action=argparse.BooleanOptionalAction, default=True, help="keep warm starts per sample"
     )
     parser.add_argument("--store-folder", type=Path, help="keep them in files of this folder")
     parser.add_argument("--clip", type=float, help="largest norm of the gradient; as published: none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order")
     parser.add_argument(
         "--evaluate", action="store_true", help="evaluate the checkpoint as it is, untrained further"
     )
@@ -422,7 +437,10 @@ def main() -> None:
     if args.train_eps is not None:
         plan = dataclasses.replace(plan, train_eps=args.train_eps)
     args.batch = args.batch or plan.batch
-    x, y, x_test, y_test = load(args.data)
+    try:
+        x, y, x_test, y_test = load(args.data, SHAPES[args.network])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     net = build(args.network, args.activation, plan.theta, tuple(x.shape[1:]))
     keys = ("network", "activation", "bound", "steps", "batch", "decay", "store", "clip", "seed")
     settings = {key: getattr(args, key) for key in keys} | {"schedule": dataclasses.asdict(plan)}

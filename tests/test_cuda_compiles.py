@@ -91,9 +91,9 @@ def test_kernel_files_include_no_torch_header():
             assert not included.startswith(("torch/", "ATen/", "c10/", "pybind11/")), (
                 f"{path.name}: {included}"
             )
-            assert included.startswith(("core/", "cpu/", "cuda/", "cuda_", "c", "type_traits", "algorithm")), (
-                f"{path.name}: {included}"
-            )
+            assert included.startswith(
+                ("core/", "cpu/", "cuda/", "cuda_", "c", "type_traits", "algorithm")
+            ), f"{path.name}: {included}"
 
 
 def test_every_kernel_of_the_table_is_listed_as_untested_or_ran():

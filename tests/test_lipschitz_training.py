@@ -9,6 +9,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -344,7 +345,7 @@ def test_the_recipe_writes_as_it_goes_and_resumes(bound, tmp_path, monkeypatch):
         "--batch",
         "8",
     ]
-    monkeypatch.setattr(made, "load", lambda path: (x, y, x[:6], y[:6]))
+    monkeypatch.setattr(made, "load", lambda *_: (x, y, x[:6], y[:6]))
     flushing = torch.set_flush_denormal
 
     def run(out: Path) -> dict:
@@ -444,6 +445,31 @@ def test_schedules_are_the_published_ones():
         m.theta.unique().item() for m in made.build("tiny", "theta", 1.0, (3, 64, 64)) if hasattr(m, "theta")
     ]
     assert thetas == [1.0] * 9
+
+
+def test_recipes_refuse_data_of_another_network(tmp_path):
+    """Files of other arrays, images of another size or type, and labels that are too few are named."""
+    made, shape = recipe(), (1, 28, 28)
+    images, labels = np.zeros((3, 28, 28), np.uint8), np.zeros(3, np.uint8)
+    one, train, test = (tmp_path / f"{name}.npz" for name in ("one", "train", "test"))
+    np.savez(one, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    np.savez(train, x=images, y=labels)
+    for x, y, message in (
+        (images[:, :27], labels, r"images of test: need uint8 of \[N, \(1, 28, 28\)\], got torch.uint8 of \[3, 1, 27, 28\]"),
+        (images.astype(np.float32), labels, "images of test: need uint8.*got torch.float32"),
+        (images[:0], labels[:0], "images of test"),
+        (images, labels[:2], r"labels of test: \[2\] for 3 images"),
+    ):  # fmt: skip
+        np.savez(test, x=x, y=y)
+        with pytest.raises(ValueError, match=message):
+            made.load([train, test], shape)
+    with pytest.raises(
+        ValueError, match="train.npz: needs the arrays x_train, y_train, x_test, y_test, has x, y"
+    ):
+        made.load([train], shape)
+    with pytest.raises(ValueError, match="--data takes one file, or one of training and one of test, got 3"):
+        made.load([train] * 3, shape)
+    assert [tuple(t.shape) for t in made.load([one], shape)] == [(3, *shape), (3,)] * 2
 
 
 def test_epochs_go_through_all_samples():
