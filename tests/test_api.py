@@ -515,6 +515,7 @@ torch.set_grad_enabled(False)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS and /proc")
+@pytest.mark.slow
 def test_a_failed_allocation_halves_the_chunk():
     """With three quarters of the address space that the call takes (and keeps) when free, the same bounds come out."""
     body = (

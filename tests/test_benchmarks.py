@@ -16,6 +16,7 @@ from benchmarks import __main__ as runner  # noqa: E402
 from benchmarks import isolate, libraries, nets, results, timing  # noqa: E402
 
 
+@pytest.mark.slow
 def test_quick_engine_run_measures_every_library_and_writes_what_it_printed(tmp_path, capsys):
     arguments = ["engine", "--quick", "--threads", "1", "--out", str(tmp_path)]
     arguments += ["--libraries", "pycert,pycert_none,torch_ibp"]

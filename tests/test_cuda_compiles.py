@@ -103,6 +103,7 @@ def test_every_kernel_of_the_table_is_listed_as_untested_or_ran():
     assert set(table) <= set(_C.untested_cuda_kernels())
 
 
+@pytest.mark.slow
 def test_setup_builds_the_kernels_where_torch_has_cuda(tmp_path):
     """setup.py lists every kernel and every *_cuda.cpp for such a torch, and refuses where PYCERT_CUDA=1 cannot be met."""
     probe = """
