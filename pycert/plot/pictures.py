@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pycert.plot.figures import make_figure
+
 #: Fill colours (Okabe and Ito), and how sets are called.
 COLOURS = {
     "box": "#E69F00",
@@ -43,7 +45,7 @@ def relaxation_neuron(data: Mapping[str, Any], path: str | Path) -> Path:
         ModuleNotFoundError: matplotlib is missing.
     """
     lower, upper = data["lower"], data["upper"]
-    figure = _figure((10, 2.9))
+    figure = make_figure((10, 2.9))
     panels = figure.subplots(1, len(data["neuron"]), sharex=True, sharey=True)
     for axes, (name, points) in zip(panels, data["neuron"].items(), strict=True):
         _fill(axes, points, COLOURS[name])
@@ -64,7 +66,7 @@ def relaxation_plane(data: Mapping[str, Any], path: str | Path) -> Path:
     Args, returns, raises: as :func:`relaxation_neuron`; the scene ``plane``.
     """
     plane = data["plane"]
-    figure = _figure((10, 6.2))
+    figure = make_figure((10, 6.2))
     before, after = figure.subplots(1, 2)
     for name, points in plane["before"].items():
         _fill(before, points, COLOURS[name], f"{NAMES[name]} before")
@@ -98,7 +100,7 @@ def relaxation_solid(data: Mapping[str, Any], path: str | Path) -> Path:
 
     Args, returns, raises: as :func:`relaxation_neuron`; the scene ``solid``.
     """
-    figure = _figure((10, 4.8))
+    figure = make_figure((10, 4.8))
     from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
     for number, name in enumerate(("triangles", "hull")):
@@ -114,16 +116,6 @@ def relaxation_solid(data: Mapping[str, Any], path: str | Path) -> Path:
         axes.set_title("octahedron and triangle" if name == "triangles" else "convex hull", fontsize=10)
         axes.view_init(elev=22, azim=-62)
     return _save(figure, path)
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install matplotlib", name="matplotlib"
-        ) from error
-    return Figure(figsize=size, dpi=90, layout="constrained")
 
 
 def _save(figure: Any, path: str | Path) -> Path:

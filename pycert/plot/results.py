@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pycert.plot.figures import make_figure
+
 #: Colours that stay apart for every common form of colour blindness (Okabe and Ito); markers for print.
 STYLES = {
     "ibp": ("#E69F00", "o"),
@@ -39,17 +41,10 @@ def certified_accuracy(results: Mapping[str, Any], path: str | Path) -> Path:
         ValueError: there are no rows.
         ModuleNotFoundError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install matplotlib", name="matplotlib"
-        ) from error
-
     curves = _curves(results["rows"])
     if not curves:
         raise ValueError("certified_accuracy: results hold no rows, so there is nothing to plot")
-    figure = Figure(figsize=(9.5, 5), dpi=150, layout="constrained")
+    figure = make_figure((9.5, 5), dpi=150)
     axes = figure.add_subplot()
     attack = curves.pop("pgd", None)
     _areas(axes, curves, attack)
@@ -138,19 +133,12 @@ def profile_picture(profile: Any, path: str | Path, kernels: int = 8, layers: in
         ValueError: nothing was recorded.
         ModuleNotFoundError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install matplotlib", name="matplotlib"
-        ) from error
-
     if not profile.entries:
         raise ValueError("profile_picture: nothing was recorded, so there is nothing to plot")
     palette = ["#E69F00", "#0072B2", "#009E73", "#56B4E9", "#D55E00", "#CC79A7", "#F0E442", "#000000"]
     longest = [entry.kernel for entry in profile.summed("kernel")]
     colours = dict(zip(longest[: min(kernels, len(palette))], palette))
-    figure = Figure(figsize=(12, 5), dpi=100, layout="constrained")
+    figure = make_figure((12, 5), dpi=100)
     roofline, bars = figure.subplots(1, 2)
     _roofline(roofline, profile, colours)
     _layer_bars(bars, profile, colours, layers)
