@@ -1,12 +1,16 @@
 // Method "forward": linear functions of the input around every value, propagated forward. For few inputs: a value of n
 // elements takes 2 n (d + 1) numbers a sample, d the number of inputs.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/eye.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/minimum.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "engine/backward.h"
 #include "ops/record.h"

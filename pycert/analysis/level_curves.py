@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,12 +192,12 @@ Rows = list[dict[str, Any]]
 
 
 def mean_of(rows: Rows, name: str, activation: str, width: int, key: str) -> float:
-    """Over seeds; NaN where none has the value."""
+    """Over seeds, of values to the fourth digit (of float32, too); NaN where none has the value."""
     found = [
-        row[key] for row in rows
+        round(row[key], 4) for row in rows
         if (row["set"], row["activation"], row["width"]) == (name, activation, width) and key in row
     ]  # fmt: skip
-    return sum(found) / len(found) if found else float("nan")
+    return math.fsum(found) / len(found) if found else float("nan")
 
 
 def table(rows: Rows, columns: dict[str, tuple[int, str, float]]) -> str:
