@@ -161,9 +161,9 @@ def _affine(check: Check, *sizes: tuple[int, int]) -> None:
     for batch, inputs in sizes:
         weight, bias = check.draw(6, inputs, seed=3), check.draw(6, seed=4)
         for soundness in (0, 1, 2):
-            check.same(
-                OPS.interval_linear, *check.box(batch, inputs), weight, bias, soundness, 0, close=4 * inputs
-            )
+            for relu in (False, True):
+                given = (*check.box(batch, inputs), weight, bias, soundness, 0, relu)
+                check.same(OPS.interval_linear, *given, close=4 * inputs)
         point = check.draw(batch, inputs, seed=5)
         found = check.there(OPS.interval_linear, point, point, weight, bias, 1, 0)
         check.holds(found[0], point.double() @ weight.double().t() + bias.double(), found[1])
@@ -191,7 +191,8 @@ def _enclose(check: Check) -> None:
 @case("scale")
 def _scale(check: Check) -> None:
     a, channel = check.box(3, 4, 5, 6), [check.draw(4, seed=seed) for seed in (5, 6, 7)]
-    check.same(OPS.interval_scale, *a, *channel[:2], channel[2].abs(), 1e-5, True, close=4)
+    for relu in (False, True):
+        check.same(OPS.interval_scale, *a, *channel[:2], channel[2].abs(), 1e-5, True, relu, close=4)
     found = check.there(OPS.interval_scale, a[0], a[0], channel[0], channel[1], None, check.eps, True)
     scale, term = (t.double().view(1, 4, 1, 1) for t in channel[:2])
     check.holds(found[0], a[0].double() * scale + term, found[1])
@@ -201,7 +202,8 @@ def _scale(check: Check) -> None:
 def _add(check: Check) -> None:
     a, b = check.box(3, 40), (check.draw(3, 40, seed=8), check.draw(3, 40, seed=8) + 1)
     for subtract in (False, True):
-        check.same(OPS.interval_add, *a, *b, subtract, 1e-5, True, close=4)
+        for relu in (False, True):
+            check.same(OPS.interval_add, *a, *b, subtract, 1e-5, True, relu, close=4)
         found = check.there(OPS.interval_add, a[0], a[0], b[0], b[0], subtract, check.eps, True)
         check.holds(found[0], a[0].double() + (-1 if subtract else 1) * b[0].double(), found[1])
 

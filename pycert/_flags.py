@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
@@ -47,6 +48,29 @@ def no_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@contextlib.contextmanager
+def plain_convolutions(device: torch.device) -> Iterator[None]:
+    """On a CUDA device without cuDNN, whose transforms our own error bounds do not cover."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=False):
+        yield
+
+
+def refuse_emulation(device: torch.device) -> None:
+    """cuBLAS may form float64 products from narrower ones, which our own error bounds do not cover.
+
+    Raises:
+        RuntimeError: names the variable.
+    """
+    variable = "CUBLAS_EMULATE_DOUBLE_PRECISION"
+    if device.type == "cuda" and os.environ.get(variable, "0") not in ("", "0"):
+        raise RuntimeError(
+            f"{variable} makes float64 products inexact, which the error bounds do not cover; unset it"
+        )
 
 
 def warn_once(found: tuple[str, ...]) -> bool:

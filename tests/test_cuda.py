@@ -3,6 +3,7 @@ determinism, running out of memory."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -86,9 +87,9 @@ def test_convolutions(name, dtype):
     shape = (4, 6 // groups, 3, 2) if geometry["transposed"] else (6, 4 // groups, 3, 2)
     lower, upper = boxes(3, 4, 17, 19, dtype=dtype)
     weight, bias = draw(*shape, seed=3, dtype=dtype), draw(6, seed=4, dtype=dtype)
-    for soundness in (0, 1, 2):
+    for soundness, relu in itertools.product((0, 1, 2), (False, True)):
         expected, found = on_both(
-            OPS.interval_conv2d, lower, upper, weight, bias, *geometry.values(), soundness, 0
+            OPS.interval_conv2d, lower, upper, weight, bias, *geometry.values(), soundness, 0, relu
         )
         compare(expected, found, rounding(dtype, 24), 24.0)
 
@@ -97,8 +98,9 @@ def test_convolutions(name, dtype):
 def test_elementwise_operators_agree_bit_for_bit(dtype):
     a, b = boxes(3, 4, 5, 6, dtype=dtype), boxes(3, 4, 5, 6, dtype=dtype)
     channel = [draw(4, seed=seed, dtype=dtype) for seed in (5, 6, 7)]
-    compare(*on_both(OPS.interval_scale, *a, *channel, 1e-5, True), 0)
-    compare(*on_both(OPS.interval_add, *a, *b, True, 1e-5, True), 0)
+    for relu in (False, True):
+        compare(*on_both(OPS.interval_scale, *a, *channel, 1e-5, True, relu), 0)
+        compare(*on_both(OPS.interval_add, *a, *b, True, 1e-5, True, relu), 0)
     compare(*on_both(OPS.linf_ball, a[0], torch.tensor([0.0, 0.3, 1e-30], dtype=dtype), -0.5, 0.7), 0)
     for slope in range(4):
         compare(*on_both(OPS.relu_relaxation, *a, slope), 0)

@@ -98,8 +98,10 @@ def test_products_of_boxes(batch, inputs, outputs, dtype):
 def test_boxes_through_linear_layers(shape, dtype, soundness):
     lower, upper = boxes(*shape, dtype=dtype)
     weight, bias = draw(6, shape[-1], seed=3, dtype=dtype), draw(6, seed=4, dtype=dtype)
-    expected, found = on_both(lambda: OPS.interval_linear(lower, upper, weight, bias, soundness, 0))
-    compare(expected, found, rounding(dtype, shape[-1]), float(shape[-1]))
+    for relu in (False, True):
+        expected, found = on_both(lambda: OPS.interval_linear(lower, upper, weight, bias, soundness, 0, relu))
+        compare(expected, found, rounding(dtype, shape[-1]), float(shape[-1]))
+        assert (found[0].min() >= 0) == relu
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,8 +117,12 @@ def test_boxes_through_convolutions(name, dtype):
     lower, upper = boxes(3, 4, 7, 9, dtype=dtype)
     bias = draw(6, seed=4, dtype=dtype)
     arguments = list(geometry.values())
-    expected, found = on_both(lambda: OPS.interval_conv2d(lower, upper, weight, bias, *arguments, 2, 0))
-    compare(expected, found, rounding(dtype, 24), 24.0)
+    for relu in (False, True):
+        expected, found = on_both(
+            lambda: OPS.interval_conv2d(lower, upper, weight, bias, *arguments, 2, 0, relu)
+        )
+        compare(expected, found, rounding(dtype, 24), 24.0)
+        assert (found[0].min() >= 0) == relu
     with host_kernels.replaced():
         single, _ = OPS.convolution(lower, None, weight, *arguments)
     options = dict(
@@ -143,8 +149,10 @@ def test_elementwise_steps_agree_bit_for_bit(dtype):
     for f in (
         lambda: OPS.interval_scale(*a, scale, term, size, 1e-5, True),
         lambda: OPS.interval_scale(*a, None, term, None, 1e-5, True),
+        lambda: OPS.interval_scale(*a, scale, term, None, 1e-5, True, relu=True),
         lambda: OPS.interval_scale(*a, scale, None, None, 0.0, False),
         lambda: OPS.interval_add(*a, *b, True, 1e-5, True),
+        lambda: OPS.interval_add(*a, *b, True, 1e-5, True, relu=True),
         lambda: OPS.interval_add(*a, *b, False, 1e-5, False),
         lambda: OPS.linf_ball(a[0], eps, -0.5, 0.7),
         lambda: OPS.linf_ball(a[0], eps, -math.inf, math.inf),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from operators import Case, random_case
-from pycert import _C
+from pycert import _C, _flags
 from pycert.norms import bounds, dense
 from pycert.norms.band import Band
 from pycert.norms.dense import gram_bound
@@ -489,3 +489,19 @@ def test_the_charge_of_the_gram_product_is_needed(charged, monkeypatch):
 def test_a_weight_without_elements_is_refused():
     with pytest.raises(ValueError, match="must not be empty"):
         masked_norm(torch.zeros(0, 4))
+
+
+def test_norms_on_a_gpu_keep_to_products_that_the_error_bounds_cover(monkeypatch):
+    """Needs no GPU: what a device does with convolutions is decided by torch's flags and cuBLAS' variables."""
+    seen = []
+    with _flags.plain_convolutions(torch.device("cuda")):
+        seen.append(torch.backends.cudnn.enabled)
+    with _flags.plain_convolutions(torch.device("cpu")):
+        seen.append(torch.backends.cudnn.enabled)
+    assert seen == [False, torch.backends.cudnn.enabled]
+    monkeypatch.setenv("CUBLAS_EMULATE_DOUBLE_PRECISION", "1")
+    _flags.refuse_emulation(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="CUBLAS_EMULATE_DOUBLE_PRECISION"):
+        _flags.refuse_emulation(torch.device("cuda"))
+    monkeypatch.setenv("CUBLAS_EMULATE_DOUBLE_PRECISION", "0")
+    _flags.refuse_emulation(torch.device("cuda"))

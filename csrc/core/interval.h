@@ -18,6 +18,12 @@ inline constexpr T kInfinity = std::numeric_limits<T>::infinity();
 template <typename T>
 inline constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
 
+// max(x, floor): a ReLU at the end of an affine step where floor is 0. NaN stays NaN.
+template <typename T>
+PYCERT_HD inline T at_least(T x, T floor) {
+  return x < floor ? floor : x;
+}
+
 // An upper bound of the real number behind `x` >= 0 that at most six roundings to nearest led to.
 template <typename T>
 PYCERT_HD inline T inflate(T x) {

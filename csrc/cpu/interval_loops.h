@@ -57,21 +57,23 @@ void enclose(const EnclosureArgs<T>& a) {
       if (!a.sound) {
         for (int64_t i = 0; i < run; ++i) {
           const T c = centre[i] + (bias == nullptr ? T(0) : bias[vector ? i : 0]), r = radius[i];
-          centre[i] = c - r;
-          radius[i] = c + r;
+          centre[i] = at_least(c - r, a.floor);
+          radius[i] = at_least(c + r, a.floor);
         }
       } else {
         const T tau = round_up<T>(a.underflow_fixed + a.underflow_scale * (a.sums == nullptr ? 0.0 : a.sums[b]));
+        const auto element = [&](int64_t i, T value) {
+          enclose_sound(centre[i], radius[i], value, a.bias_charge, a.radius_inflation, tau);
+          centre[i] = at_least(centre[i], a.floor);
+          radius[i] = at_least(radius[i], a.floor);
+        };
         if (bias == nullptr) {
-          for (int64_t i = 0; i < run; ++i)
-            enclose_sound(centre[i], radius[i], T(0), a.bias_charge, a.radius_inflation, tau);
+          for (int64_t i = 0; i < run; ++i) element(i, T(0));
         } else if (vector) {
-          for (int64_t i = 0; i < run; ++i)
-            enclose_sound(centre[i], radius[i], bias[i], a.bias_charge, a.radius_inflation, tau);
+          for (int64_t i = 0; i < run; ++i) element(i, bias[i]);
         } else {
           const T value = bias[0];
-          for (int64_t i = 0; i < run; ++i)
-            enclose_sound(centre[i], radius[i], value, a.bias_charge, a.radius_inflation, tau);
+          for (int64_t i = 0; i < run; ++i) element(i, value);
         }
       }
       row += vector ? run : 1;
@@ -134,8 +136,12 @@ void scale(const ScaleArgs<T>& a) {
       const T s = a.scale == nullptr ? T(1) : a.scale[channel];
       const T t = a.term == nullptr ? T(0) : a.term[channel];
       const T q = a.magnitude == nullptr ? std::abs(t) : a.magnitude[channel];
-      for (int64_t i = row * a.inner; i < (row + 1) * a.inner; ++i)
-        scale_box(a.lower[i], a.upper[i], s, t, q, a.kappa, a.sound, a.out_lower[i], a.out_upper[i]);
+      for (int64_t i = row * a.inner; i < (row + 1) * a.inner; ++i) {
+        T lower, upper;
+        scale_box(a.lower[i], a.upper[i], s, t, q, a.kappa, a.sound, lower, upper);
+        a.out_lower[i] = at_least(lower, a.floor);
+        a.out_upper[i] = at_least(upper, a.floor);
+      }
     }
   });
 }
@@ -146,7 +152,10 @@ void add(const AddArgs<T>& a) {
     for (int64_t i = begin; i < end; ++i) {
       const T low = a.subtract ? -a.b_upper[i] : a.b_lower[i];
       const T high = a.subtract ? -a.b_lower[i] : a.b_upper[i];
-      add_box(a.a_lower[i], a.a_upper[i], low, high, a.kappa, a.sound, a.lower[i], a.upper[i]);
+      T lower, upper;
+      add_box(a.a_lower[i], a.a_upper[i], low, high, a.kappa, a.sound, lower, upper);
+      a.lower[i] = at_least(lower, a.floor);
+      a.upper[i] = at_least(upper, a.floor);
     }
   });
 }

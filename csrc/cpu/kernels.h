@@ -40,6 +40,7 @@ struct EnclosureArgs {
   double underflow_fixed;  // tau = underflow_fixed + underflow_scale * sums[b]
   double underflow_scale;
   bool sound;
+  T floor;  // of both ends: 0 where a ReLU follows, else -inf
 };
 
 // Both products of a small batch in one pass over W.
@@ -67,6 +68,7 @@ struct ScaleArgs {
   int64_t batch, channels, inner;
   T kappa;
   bool sound;
+  T floor;  // as in EnclosureArgs
 };
 
 // lower = a + sign b over boxes, outward, widened by kappa times the larger end.
@@ -77,6 +79,7 @@ struct AddArgs {
   int64_t count;
   bool subtract, sound;
   T kappa;
+  T floor;  // as in EnclosureArgs
 };
 
 // Both products of a convolution, or one of them: every product formed once, in blocks of kProductBlock.

@@ -1,4 +1,4 @@
-// The end of a product of boxes: bias, widening, both ends (core/interval.h).
+// The end of a product of boxes: bias, widening, both ends, a ReLU (core/interval.h).
 #pragma once
 
 #include "core/interval.h"
@@ -14,13 +14,15 @@ __device__ inline void enclose_element(const cpu::EnclosureArgs<T>& a, int64_t s
   const T bias = a.bias == nullptr ? T(0) : a.bias[channel];
   if (!a.sound) {
     const T c = centre + bias, r = radius;
-    centre = c - r;
-    radius = c + r;
+    centre = at_least(c - r, a.floor);
+    radius = at_least(c + r, a.floor);
     return;
   }
   const double sums = a.sums == nullptr ? 0.0 : a.sums[sample];
   const T tau = round_up<T>(a.underflow_fixed + a.underflow_scale * sums);
   enclose_sound(centre, radius, bias, a.bias_charge, a.radius_inflation, tau);
+  centre = at_least(centre, a.floor);
+  radius = at_least(radius, a.floor);
 }
 
 // Of a kernel's own: the enclosure travels by value, since the host's pointer means nothing to the device.

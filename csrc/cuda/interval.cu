@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const cpu::ScaleArgs<T>
     const T q = a.magnitude == nullptr ? std::abs(t) : a.magnitude[channel];
     T lower, upper;
     scale_box(a.lower[i], a.upper[i], s, t, q, a.kappa, a.sound, lower, upper);
-    a.out_lower[i] = lower;
-    a.out_upper[i] = upper;
+    a.out_lower[i] = at_least(lower, a.floor);
+    a.out_upper[i] = at_least(upper, a.floor);
   });
 }
 
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const cpu::AddArgs<T> a) 
     const T high = a.subtract ? -a.b_lower[i] : a.b_upper[i];
     T lower, upper;
     add_box(a.a_lower[i], a.a_upper[i], low, high, a.kappa, a.sound, lower, upper);
-    a.lower[i] = lower;
-    a.upper[i] = upper;
+    a.lower[i] = at_least(lower, a.floor);
+    a.upper[i] = at_least(upper, a.floor);
   });
 }
 

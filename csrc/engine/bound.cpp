@@ -438,7 +438,7 @@ BoundsResult Context::bound_where_defined(const std::optional<Spec>& spec) {
   // The output's own box is needed for an interval answer, or where its charge reads it.
   const bool skip = !ibp && !(options_.intersect && !spec.has_value()) && program_.node(output).op == Op::Linear;
   const bool elided = skip || (ibp && spec.has_value() && program_.node(output).op == Op::Linear);
-  propagate(elided ? output - 1 : output, ibp && !spec.has_value());
+  propagate(elided ? output - 1 : output, ibp && !spec.has_value(), ibp);
   const auto interval = [&]() -> BoundsResult {
     if (spec.has_value()) return interval_bound(*this, spec);
     BoundsResult out;

@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "engine/program.h"
 #include "ops/charge.h"
@@ -118,8 +119,11 @@ class Context {
   std::pair<double, double> estimate(const std::optional<Spec>& spec);  // peak bytes, FLOPs
 
   // forward.cpp
-  void propagate(int64_t last, bool forget = false);  // interval (and refined) bounds of nodes 0..last
-  Box interval_step(int64_t i);                       // of one node from those of its inputs
+  // Interval (and refined) bounds of nodes 0..last. forget: a box goes with its last consumer. joins: ReLUs together
+  // with what they read, whose own boxes are not formed.
+  void propagate(int64_t last, bool forget = false, bool joins = false);
+  Box interval_step(int64_t i, bool relu = false);  // of one node from those of its inputs; with the ReLU behind it
+  bool takes_relu(int64_t i, int64_t last) const;
   const Box& box(int64_t i) const { return boxes_[size_t(i)]; }
   // Centred walks follow value - centre(i): our roundings then multiply a radius instead of a value.
   bool centred() const { return !centres_.empty(); }
@@ -140,6 +144,7 @@ class Context {
   const Tensor& given(const Node& node, size_t i) const { return params_[size_t(node.params[i])]; }
 
   // undefined.cpp
+  bool tracks_undefined() const;   // whether such nodes are looked for at all
   void find_undefined(int64_t i);  // whether node i may have no value, from the boxes of its inputs
 
   // relax.cpp
@@ -225,6 +230,7 @@ class Context {
   int64_t done_ = 0;
   std::vector<std::array<Tensor, 2>> statistics_;  // of BatchNorms in training: mean, variance
   std::vector<Tensor> centres_;
+  std::unordered_set<int64_t> ends_with_relu_;     // affine nodes whose box is that of the ReLU behind them
   std::unordered_map<int64_t, Tensor> undefined_;  // [B] bool: samples where a node may have no value
   std::unique_ptr<Context> by_rule_;
   std::unordered_map<int64_t, Lines> lines_, relu_lines_, flattest_lines_, centred_lines_;

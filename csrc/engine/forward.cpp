@@ -264,7 +264,19 @@ Tensor gathered(const Tensor& t, const Node& node, int64_t batch) {
 
 }  // namespace
 
-Box Context::interval_step(int64_t i) {
+// Whether the affine node i ends with the ReLU that alone reads it, in one pass; its own box is then never formed.
+// Boxes of pre-activations must not be asked for later: by plain intervals alone.
+bool Context::takes_relu(int64_t i, int64_t last) const {
+  const Node& node = program_.node(i);
+  if (node.op != Op::Linear && node.op != Op::Conv && node.op != Op::BatchNorm && node.op != Op::Add) return false;
+  if (!node.depends_on_input || node.consumers.size() != 1) return false;
+  const int64_t relu = node.consumers[0];
+  if (program_.node(relu).op != Op::Relu || relu > last || tracks_undefined()) return false;
+  const auto widened_later = node.op == Op::Add && node.roundings > 0 && deployed();
+  return !widened_later && !options_.reference.count(i) && !options_.given.count(relu);
+}
+
+Box Context::interval_step(int64_t i, bool relu) {
   const Node& node = program_.node(i);
   const auto both = [&](const auto& f) {
     const Box& in = box(node.inputs[0]);
@@ -281,20 +293,20 @@ Box Context::interval_step(int64_t i) {
     }
     case Op::Linear: {
       const auto& [l, u] = box(node.inputs[0]);
-      return interval_linear(l, u, weight(node), optional_of(bias(node)), options_.soundness, extra_terms(i));
+      return interval_linear(l, u, weight(node), optional_of(bias(node)), options_.soundness, extra_terms(i), relu);
     }
     case Op::Conv: {
       const auto& [l, u] = box(node.inputs[0]);
       const FastRadius fast(options_.fast);
-      return interval_conv2d(l, u, weight(node), optional_of(bias(node)), node.conv, options_.soundness,
-                             extra_terms(i));
+      return interval_conv2d(l, u, weight(node), optional_of(bias(node)), node.conv, options_.soundness, extra_terms(i),
+                             relu);
     }
     case Op::BatchNorm: {
       const auto& [l, u] = box(node.inputs[0]);
       const double k = kappa(10, 10, *this, Term::BatchNorm);
       Tensor magnitude = magnitude_of(node);
       if (k > 0 && deployed()) magnitude = magnitude * (own_gamma(20 + folded_terms(node)) / k * (1 + 1e-5));
-      return interval_scale(l, u, scale_of(node), term_of(node), magnitude, k, sound());
+      return interval_scale(l, u, scale_of(node), term_of(node), magnitude, k, sound(), relu);
     }
     case Op::MulConst: {
       const auto& [l, u] = box(node.inputs[0]);
@@ -312,7 +324,7 @@ Box Context::interval_step(int64_t i) {
     case Op::Add: {
       const auto& [al, au] = box(node.inputs[0]);
       const auto& [bl, bu] = box(node.inputs[1]);
-      const Box sum = interval_add(al, au, bl, bu, node.sign < 0, kappa(4, 1, *this), sound());
+      const Box sum = interval_add(al, au, bl, bu, node.sign < 0, kappa(4, 1, *this), sound(), relu);
       if (node.roundings == 0 || !deployed()) return sum;
       const Tensor size = (absolute(node.inputs[0]) + absolute(node.inputs[1])).view_as(std::get<0>(sum));
       return widened(sum, size * own_gamma(node.roundings));
@@ -350,6 +362,7 @@ Box Context::interval_step(int64_t i) {
       return {at::cat(lower, 1).view(shape), at::cat(upper, 1).view(shape)};
     }
     case Op::Relu:
+      if (ends_with_relu_.count(node.inputs[0])) return box(node.inputs[0]);
       return both([](const Tensor& t) { return at::relu(t); });
     case Op::Custom:
       return custom_step(node, box(node.inputs[0]));
@@ -400,7 +413,7 @@ Tensor Context::unstable_mask(int64_t i) const {
   return mask;
 }
 
-void Context::propagate(int64_t last, bool forget) {
+void Context::propagate(int64_t last, bool forget, bool joins) {
   const bool crown = options_.method == Method::Crown;
   const bool ball = [&] {
     for (const InputRegion& r : regions_)
@@ -416,7 +429,12 @@ void Context::propagate(int64_t last, bool forget) {
       continue;
     }
     const record::Layer layer(device(), node.label, "intervals");
-    boxes_[size_t(i)] = interval_step(i);
+    // A ball's first affine layer by its dual norm: interval arithmetic would take the box around the ball.
+    const bool first_of_ball =
+        ball && node.depends_on_input && node.mixings == 1 && (node.op == Op::Linear || node.op == Op::Conv);
+    const bool relu = joins && !first_of_ball && takes_relu(i, last);
+    if (relu) ends_with_relu_.insert(i);
+    boxes_[size_t(i)] = interval_step(i, relu);
     find_undefined(i);
     if (forget &&
         !ball) {  // plain intervals: a box is read by its consumers alone, and its memory serves the next ones
@@ -424,8 +442,6 @@ void Context::propagate(int64_t last, bool forget) {
         if (program_.node(input).consumers.back() == i) boxes_[size_t(input)] = {};
     }
     if (!node.depends_on_input) continue;
-    // A ball's first affine layer by its dual norm: interval arithmetic would take the box around the ball.
-    const bool first_of_ball = ball && node.mixings == 1 && (node.op == Op::Linear || node.op == Op::Conv);
     if (first_of_ball) refine(i, true);
     if (crown && program_.is_preactivation(i) && !(node.interval_exact && (!ball || node.mixings == 0))) {
       if (!(first_of_ball && node.interval_exact)) refine(i, false);

@@ -36,10 +36,12 @@ Tensor either(const Tensor& a, const Tensor& b) { return !a.defined() ? b : b.de
 
 }  // namespace
 
+bool Context::tracks_undefined() const { return program_.leaves_domains() || (sound() && program_.narrows()); }
+
 // A value without a bound on either side is one that may not be a number. Behind an operator of bounded range its box
 // is finite again, so that it is remembered by value and sample.
 void Context::find_undefined(int64_t i) {
-  if (!program_.leaves_domains() && !(sound() && program_.narrows())) return;
+  if (!tracks_undefined()) return;
   at::NoGradGuard no_grad;
   const Node& node = program_.node(i);
   Tensor found;

@@ -77,12 +77,12 @@ const T* pointer(const Tensor& t) {
 
 Tensor contiguous(const OptionalTensor& t) { return t.has_value() ? t->contiguous() : Tensor(); }
 
-std::tuple<Tensor, Tensor> relax_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
-                                     const Tensor& sample, const OptionalTensor& position, IntArrayRef window,
-                                     IntArrayRef extent, const Tensor& lower_slope,
-                                     const OptionalTensor& lower_intercept, const Tensor& upper_slope,
-                                     const Tensor& upper_intercept, const OptionalTensor& bias,
-                                     const OptionalTensor& charge, const OptionalTensor& lower_row) {
+std::tuple<Tensor, Tensor> relax_on_device(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
+                                           const Tensor& sample, const OptionalTensor& position, IntArrayRef window,
+                                           IntArrayRef extent, const Tensor& lower_slope,
+                                           const OptionalTensor& lower_intercept, const Tensor& upper_slope,
+                                           const Tensor& upper_intercept, const OptionalTensor& bias,
+                                           const OptionalTensor& charge, const OptionalTensor& lower_row) {
   const Map m(source, negative_from, sample, position);
   const Window w = window_of(window);
   const Extent e = extent_of(extent);
@@ -244,9 +244,9 @@ std::tuple<Tensor, Tensor> relax_convolution_on_device(
   return {out, sums};
 }
 
-Tensor dot_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
-               const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const OptionalTensor& bias,
-               const OptionalTensor& charge) {
+Tensor dot_on_device(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
+                     const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const OptionalTensor& bias,
+                     const OptionalTensor& charge) {
   const Map m(source, negative_from, sample, position);
   const Window w = window_of(window);
   const Extent e = extent_of(extent);
@@ -263,8 +263,8 @@ Tensor dot_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negativ
   return sums;
 }
 
-Tensor relayout_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
-                    const OptionalTensor& position, IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
+Tensor relayout_on_device(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
+                          const OptionalTensor& position, IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
   const Map m(source, negative_from, sample, position);
   const Window f = window_of(from), t = window_of(to);
   const Extent e = extent_of(extent);
@@ -277,8 +277,9 @@ Tensor relayout_cpu(const Tensor& rows, const OptionalTensor& source, int64_t ne
   return out;
 }
 
-void add_cpu(Tensor& out, const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
-             const OptionalTensor& position, IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
+void add_on_device(Tensor& out, const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
+                   const Tensor& sample, const OptionalTensor& position, IntArrayRef from, IntArrayRef to,
+                   IntArrayRef extent) {
   const Map m(source, negative_from, sample, position);
   const Window f = window_of(from), t = window_of(to);
   const Extent e = extent_of(extent);
@@ -292,9 +293,9 @@ void add_cpu(Tensor& out, const Tensor& rows, const OptionalTensor& source, int6
   });
 }
 
-Tensor concretize_cpu(const Tensor& rows, const OptionalTensor& source, int64_t negative_from, const Tensor& sample,
-                      const OptionalTensor& position, IntArrayRef window, IntArrayRef extent, const Tensor& first,
-                      const Tensor& second, int64_t norm) {
+Tensor concretize_on_device(const Tensor& rows, const OptionalTensor& source, int64_t negative_from,
+                            const Tensor& sample, const OptionalTensor& position, IntArrayRef window,
+                            IntArrayRef extent, const Tensor& first, const Tensor& second, int64_t norm) {
   const Map m(source, negative_from, sample, position);
   const Window w = window_of(window);
   const Extent e = extent_of(extent);
@@ -340,7 +341,7 @@ std::pair<Tensor, Tensor> by_row(const Tensor& sample) {
 }
 
 // `wanted`: gradients of the rows, of the lower line, of the upper line.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_on_device(
     const Tensor& grad_out, const Tensor& grad_sums, const Tensor& rows, const OptionalTensor& source,
     int64_t negative_from, const Tensor& sample, const OptionalTensor& position, IntArrayRef window, IntArrayRef extent,
     const Tensor& lower_slope, const OptionalTensor& lower_intercept, const Tensor& upper_slope,
@@ -394,10 +395,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> relax_backward_cpu(
   return {grad_rows, grad_ls, grad_li, grad_us, grad_ui};
 }
 
-std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, const Tensor& rows, const Tensor& sample,
-                                                           const OptionalTensor& position, IntArrayRef window,
-                                                           IntArrayRef extent, const Tensor& first,
-                                                           const Tensor& second, int64_t norm, bool of_region) {
+std::tuple<Tensor, Tensor, Tensor> concretize_backward_on_device(const Tensor& grad, const Tensor& rows,
+                                                                 const Tensor& sample, const OptionalTensor& position,
+                                                                 IntArrayRef window, IntArrayRef extent,
+                                                                 const Tensor& first, const Tensor& second,
+                                                                 int64_t norm, bool of_region) {
   const Map m({}, INT64_MAX, sample, position);
   const Tensor r = rows.contiguous(), a = first.contiguous(), b = second.contiguous();
   const Tensor gv = grad.select(0, 0).contiguous();
@@ -433,9 +435,9 @@ std::tuple<Tensor, Tensor, Tensor> concretize_backward_cpu(const Tensor& grad, c
   return {grad_rows, grad_first, of_region ? grad_second.to(b.scalar_type()) : Tensor()};
 }
 
-Tensor relayout_backward_cpu(const Tensor& grad_out, int64_t table_rows, const OptionalTensor& source,
-                             int64_t negative_from, const Tensor& sample, const OptionalTensor& position,
-                             IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
+Tensor relayout_backward_on_device(const Tensor& grad_out, int64_t table_rows, const OptionalTensor& source,
+                                   int64_t negative_from, const Tensor& sample, const OptionalTensor& position,
+                                   IntArrayRef from, IntArrayRef to, IntArrayRef extent) {
   const Map m(source, negative_from, sample, position);
   const Window f = window_of(from);
   const Extent e = extent_of(extent);
@@ -468,7 +470,7 @@ struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
                                const Tensor& upper_intercept, const OptionalTensor& bias, const OptionalTensor& charge,
                                const OptionalTensor& lower_row) {
     at::AutoDispatchBelowADInplaceOrView below;
-    PYCERT_HANDLE("relax_rows", relax_cpu);
+    PYCERT_HANDLE("relax_rows", relax_on_device);
     auto [out, sums] = op.call(rows, source, negative_from, sample, position, window, extent, lower_slope,
                                lower_intercept, upper_slope, upper_intercept, bias, charge, lower_row);
     ctx->save_for_backward({rows, value_or_empty(source), sample, value_or_empty(position), lower_slope,
@@ -484,7 +486,7 @@ struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     check_first_order(grads, "back-substitution");
-    PYCERT_HANDLE("relax_rows_backward", relax_backward_cpu);
+    PYCERT_HANDLE("relax_rows_backward", relax_backward_on_device);
     const auto s = ctx->get_saved_variables();
     const Tensor& sums = s[10];
     const auto shape = rows_shape(sums.size(1), window_of(ctx->saved_data["window"].toIntVector()),
@@ -505,7 +507,7 @@ struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
                         IntArrayRef window, IntArrayRef extent, const Tensor& first, const Tensor& second,
                         int64_t norm) {
     at::AutoDispatchBelowADInplaceOrView below;
-    PYCERT_HANDLE("concretize_rows", concretize_cpu);
+    PYCERT_HANDLE("concretize_rows", concretize_on_device);
     const Tensor out = op.call(rows, {}, INT64_MAX, sample, position, window, extent, first, second, norm);
     ctx->save_for_backward({rows, sample, value_or_empty(position), first, second});
     ctx->saved_data["window"] = window.vec();
@@ -516,7 +518,7 @@ struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     check_first_order(grads, "back-substitution");
-    PYCERT_HANDLE("concretize_rows_backward", concretize_backward_cpu);
+    PYCERT_HANDLE("concretize_rows_backward", concretize_backward_on_device);
     const auto s = ctx->get_saved_variables();
     auto [rows, first, second] =
         op.call(grads[0], s[0], s[1], optional_of(s[2]), ctx->saved_data["window"].toIntVector(),
@@ -531,7 +533,7 @@ struct RelayoutFunction : torch::autograd::Function<RelayoutFunction> {
                         const Tensor& sample, const OptionalTensor& position, IntArrayRef from, IntArrayRef to,
                         IntArrayRef extent) {
     at::AutoDispatchBelowADInplaceOrView below;
-    PYCERT_HANDLE("relayout_rows", relayout_cpu);
+    PYCERT_HANDLE("relayout_rows", relayout_on_device);
     ctx->save_for_backward({value_or_empty(source), sample, value_or_empty(position)});
     ctx->saved_data["from"] = from.vec();
     ctx->saved_data["to"] = to.vec();
@@ -542,7 +544,7 @@ struct RelayoutFunction : torch::autograd::Function<RelayoutFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     check_first_order(grads, "back-substitution");
-    PYCERT_HANDLE("relayout_rows_backward", relayout_backward_cpu);
+    PYCERT_HANDLE("relayout_rows_backward", relayout_backward_on_device);
     const auto s = ctx->get_saved_variables();
     const auto shape = ctx->saved_data["shape"].toIntVector();
     const Tensor rows = op.call(grads[0], shape[0], optional_of(s[0]), ctx->saved_data["negative_from"].toInt(), s[1],
@@ -570,7 +572,7 @@ std::tuple<Tensor, Tensor> relax_autograd(const Tensor& rows, const OptionalTens
     return {out[0], out[1]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  PYCERT_HANDLE("relax_rows", relax_cpu);
+  PYCERT_HANDLE("relax_rows", relax_on_device);
   return op.call(rows, source, negative_from, sample, position, window, extent, lower_slope, lower_intercept,
                  upper_slope, upper_intercept, bias, charge, lower_row);
 }
@@ -584,7 +586,7 @@ Tensor concretize_autograd(const Tensor& rows, const OptionalTensor& source, int
     return ConcretizeFunction::apply(rows, sample, position, window, extent, first, second, norm);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  PYCERT_HANDLE("concretize_rows", concretize_cpu);
+  PYCERT_HANDLE("concretize_rows", concretize_on_device);
   return op.call(rows, source, negative_from, sample, position, window, extent, first, second, norm);
 }
 
@@ -593,13 +595,13 @@ Tensor relayout_autograd(const Tensor& rows, const OptionalTensor& source, int64
   if (any_needs_grad(rows))
     return RelayoutFunction::apply(rows, source, negative_from, sample, position, from, to, extent);
   at::AutoDispatchBelowADInplaceOrView below;
-  PYCERT_HANDLE("relayout_rows", relayout_cpu);
+  PYCERT_HANDLE("relayout_rows", relayout_on_device);
   return op.call(rows, source, negative_from, sample, position, from, to, extent);
 }
 
-void ascend_cpu(const Tensor& slope, const Tensor& first, const Tensor& second, const Tensor& best, const Tensor& grad,
-                const Tensor& lowest, const Tensor& highest, const Tensor& sample, const Tensor& best_row,
-                const Tensor& improved, int64_t step, double rate) {
+void ascend_on_device(const Tensor& slope, const Tensor& first, const Tensor& second, const Tensor& best,
+                      const Tensor& grad, const Tensor& lowest, const Tensor& highest, const Tensor& sample,
+                      const Tensor& best_row, const Tensor& improved, int64_t step, double rate) {
   constexpr double kFirst = 0.9, kSecond = 0.999, kEpsilon = 1e-8;  // Kingma & Ba's
   const Tensor g = grad.contiguous();
   for (const Tensor& t : {slope, first, second, best, lowest, highest, sample, best_row, improved})
@@ -620,7 +622,7 @@ void ascend_cpu(const Tensor& slope, const Tensor& first, const Tensor& second, 
 void ascend_slopes(const Tensor& slope, const Tensor& first, const Tensor& second, const Tensor& best,
                    const Tensor& grad, const Tensor& lowest, const Tensor& highest, const Tensor& sample,
                    const Tensor& best_row, const Tensor& improved, int64_t step, double rate) {
-  PYCERT_HANDLE("ascend_slopes", ascend_cpu);
+  PYCERT_HANDLE("ascend_slopes", ascend_on_device);
   at::AutoDispatchBelowADInplaceOrView below;
   op.call(slope, first, second, best, grad, lowest, highest, sample, best_row, improved, step, rate);
 }
@@ -630,7 +632,7 @@ std::tuple<Tensor, RowSums> relax_rows(const Tensor& rows, const RowSource& sour
                                        const Tensor& lower_intercept, const Tensor& upper_slope,
                                        const Tensor& upper_intercept, const Tensor& bias, const Tensor& charge,
                                        const Tensor& lower_row) {
-  PYCERT_HANDLE("relax_rows", relax_cpu);
+  PYCERT_HANDLE("relax_rows", relax_on_device);
   return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
                  optional_of(index.position), encode(window), encode(extent), lower_slope, optional_of(lower_intercept),
                  upper_slope, upper_intercept, optional_of(bias), optional_of(charge), optional_of(lower_row));
@@ -674,7 +676,7 @@ std::tuple<Tensor, RowSums> relax_convolution(const Tensor& rows, const RowSourc
 
 RowSums dot_rows(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                  const Extent& extent, const Tensor& bias, const Tensor& charge) {
-  PYCERT_HANDLE("dot_rows", dot_cpu);
+  PYCERT_HANDLE("dot_rows", dot_on_device);
   at::NoGradGuard no_grad;
   return op.call(rows.detach(), optional_of(source.source), source.negative_from, index.of_kernels(),
                  optional_of(index.position), encode(window), encode(extent), optional_of(bias), optional_of(charge));
@@ -682,14 +684,14 @@ RowSums dot_rows(const Tensor& rows, const RowSource& source, const RowIndex& in
 
 Tensor relayout_rows(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& from,
                      const Window& to, const Extent& extent) {
-  PYCERT_HANDLE("relayout_rows", relayout_cpu);
+  PYCERT_HANDLE("relayout_rows", relayout_on_device);
   return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
                  optional_of(index.position), encode(from), encode(to), encode(extent));
 }
 
 void add_rows(Tensor& out, const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& from,
               const Window& to, const Extent& extent) {
-  PYCERT_HANDLE("add_rows", add_cpu);
+  PYCERT_HANDLE("add_rows", add_on_device);
   at::AutoDispatchBelowADInplaceOrView below;
   op.call(out, rows, optional_of(source.source), source.negative_from, index.of_kernels(), optional_of(index.position),
           encode(from), encode(to), encode(extent));
@@ -697,14 +699,14 @@ void add_rows(Tensor& out, const Tensor& rows, const RowSource& source, const Ro
 
 Tensor concretize_box(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                       const Extent& extent, const Tensor& lower, const Tensor& upper) {
-  PYCERT_HANDLE("concretize_rows", concretize_cpu);
+  PYCERT_HANDLE("concretize_rows", concretize_on_device);
   return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
                  optional_of(index.position), encode(window), encode(extent), lower, upper, 0);
 }
 
 Tensor concretize_ball(const Tensor& rows, const RowSource& source, const RowIndex& index, const Window& window,
                        const Extent& extent, const Tensor& centre, const Tensor& eps, int64_t p) {
-  PYCERT_HANDLE("concretize_rows", concretize_cpu);
+  PYCERT_HANDLE("concretize_rows", concretize_on_device);
   return op.call(rows, optional_of(source.source), source.negative_from, index.of_kernels(),
                  optional_of(index.position), encode(window), encode(extent), centre, eps, p);
 }
@@ -755,17 +757,17 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 
 // Every device by the same functions: device.h has the kernels of each.
 static void register_backsub(torch::Library& m) {
-  m.impl("relax_rows", relax_cpu);
-  m.impl("relax_rows_backward", relax_backward_cpu);
+  m.impl("relax_rows", relax_on_device);
+  m.impl("relax_rows_backward", relax_backward_on_device);
   m.impl("relax_product", relax_product_on_device);
   m.impl("relax_convolution", relax_convolution_on_device);
-  m.impl("dot_rows", dot_cpu);
-  m.impl("relayout_rows", relayout_cpu);
-  m.impl("add_rows", add_cpu);
-  m.impl("relayout_rows_backward", relayout_backward_cpu);
-  m.impl("concretize_rows", concretize_cpu);
-  m.impl("concretize_rows_backward", concretize_backward_cpu);
-  m.impl("ascend_slopes", ascend_cpu);
+  m.impl("dot_rows", dot_on_device);
+  m.impl("relayout_rows", relayout_on_device);
+  m.impl("add_rows", add_on_device);
+  m.impl("relayout_rows_backward", relayout_backward_on_device);
+  m.impl("concretize_rows", concretize_on_device);
+  m.impl("concretize_rows_backward", concretize_backward_on_device);
+  m.impl("ascend_slopes", ascend_on_device);
 }
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_backsub(m); }
 TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_backsub(m); }

@@ -45,8 +45,8 @@ Shape shape_of(const Tensor& centres, const Tensor& radius) {
 
 using BallBoxTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-BallBoxTensors ball_box_cpu(const Tensor& centres, const Tensor& spread, const Tensor& radius, const Tensor& row_norm,
-                            const OptionalTensor& theta) {
+BallBoxTensors ball_box_on_device(const Tensor& centres, const Tensor& spread, const Tensor& radius,
+                                  const Tensor& row_norm, const OptionalTensor& theta) {
   check_floating(centres, "ball_box_relu", "centres");
   check_same(centres, spread, "ball_box_relu", "centres", "spread");
   const Shape s = shape_of(centres, spread);
@@ -79,7 +79,7 @@ struct BallBoxFunction : torch::autograd::Function<BallBoxFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& centres, const Tensor& spread, const Tensor& radius,
                                const Tensor& row_norm, const OptionalTensor& theta) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = handle<decltype(ball_box_cpu)>("pycert::ball_box_relu");
+    static const auto op = handle<decltype(ball_box_on_device)>("pycert::ball_box_relu");
     auto [out, out_spread, live, code] = op.call(centres, spread, radius, row_norm, theta);
     ctx->save_for_backward({radius, row_norm, code});
     ctx->saved_data["shared"] = centres.size(0) == spread.size(0);
@@ -126,7 +126,7 @@ BallBoxTensors ball_box_autograd(const Tensor& centres, const Tensor& spread, co
     return {out[0], out[1], out[2], out[3]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  static const auto op = handle<decltype(ball_box_cpu)>("pycert::ball_box_relu");
+  static const auto op = handle<decltype(ball_box_on_device)>("pycert::ball_box_relu");
   return op.call(centres, spread, radius, row_norm, theta);
 }
 
@@ -134,7 +134,7 @@ BallBoxTensors ball_box_autograd(const Tensor& centres, const Tensor& spread, co
 
 using Maximum = std::tuple<Tensor, Tensor>;
 
-Maximum maximum_cpu(const Tensor& weight, const Tensor& lower, const Tensor& upper, const Tensor& radius) {
+Maximum maximum_on_device(const Tensor& weight, const Tensor& lower, const Tensor& upper, const Tensor& radius) {
   check_floating(weight, "ball_box_maximum", "weight");
   check_same(weight, lower, "ball_box_maximum", "weight", "lower");
   check_same(weight, upper, "ball_box_maximum", "weight", "upper");
@@ -160,7 +160,7 @@ struct MaximumFunction : torch::autograd::Function<MaximumFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& weight, const Tensor& lower, const Tensor& upper,
                                const Tensor& radius) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = handle<decltype(maximum_cpu)>("pycert::ball_box_maximum");
+    static const auto op = handle<decltype(maximum_on_device)>("pycert::ball_box_maximum");
     auto [value, scale] = op.call(weight, lower, upper, radius);
     ctx->save_for_backward({weight, lower, upper, radius, scale});
     ctx->mark_non_differentiable({scale});
@@ -187,7 +187,7 @@ Maximum maximum_autograd(const Tensor& weight, const Tensor& lower, const Tensor
     return {out[0], out[1]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  static const auto op = handle<decltype(maximum_cpu)>("pycert::ball_box_maximum");
+  static const auto op = handle<decltype(maximum_on_device)>("pycert::ball_box_maximum");
   return op.call(weight, lower, upper, radius);
 }
 
@@ -202,8 +202,8 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 
 // Every device by the same functions: device.h has the kernels of each.
 static void register_ball_box(torch::Library& m) {
-  m.impl("ball_box_relu", ball_box_cpu);
-  m.impl("ball_box_maximum", maximum_cpu);
+  m.impl("ball_box_relu", ball_box_on_device);
+  m.impl("ball_box_maximum", maximum_on_device);
 }
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_ball_box(m); }
 TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_ball_box(m); }

@@ -17,7 +17,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 namespace {
 
-std::tuple<Tensor, Tensor> magnitudes_cpu(const Tensor& lower, const Tensor& upper, int64_t length) {
+std::tuple<Tensor, Tensor> magnitudes_on_device(const Tensor& lower, const Tensor& upper, int64_t length) {
   check_floating(lower, "magnitudes", "lower");
   check_same(lower, upper, "magnitudes", "lower", "upper");
   TORCH_CHECK_VALUE(lower.sizes() == upper.sizes(), "magnitudes: lower and upper must have the same shape, got ",
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> magnitudes_cpu(const Tensor& lower, const Tensor& upp
   return {size, stats};
 }
 
-Tensor squares_cpu(const Tensor& values) {
+Tensor squares_on_device(const Tensor& values) {
   check_floating(values, "squares", "values");
   TORCH_CHECK_VALUE(values.dim() == 2 || values.dim() == 3,
                     "squares: values must be [rows, count] or [rows, count, "
@@ -57,10 +57,11 @@ Tensor squares_cpu(const Tensor& values) {
 
 // For outputs of `shape` [R, C, inner] and the dtype of `like`; `constants` are those of ChargeConstants without
 // `network`, in order.
-Tensor affine_charge_cpu(const Tensor& like, at::IntArrayRef shape, const OptionalTensor& absolute,
-                         const OptionalTensor& weight_squares, const Tensor& windows, const OptionalTensor& signed_sum,
-                         const OptionalTensor& radius, const OptionalTensor& centre, const OptionalTensor& bias,
-                         const Tensor& stats, bool network, at::ArrayRef<double> constants) {
+Tensor affine_charge_on_device(const Tensor& like, at::IntArrayRef shape, const OptionalTensor& absolute,
+                               const OptionalTensor& weight_squares, const Tensor& windows,
+                               const OptionalTensor& signed_sum, const OptionalTensor& radius,
+                               const OptionalTensor& centre, const OptionalTensor& bias, const Tensor& stats,
+                               bool network, at::ArrayRef<double> constants) {
   check_floating(like, "affine_charge", "like");
   TORCH_CHECK_VALUE(shape.size() == 3 && stats.dim() == 2 && stats.size(0) == 4 && stats.size(1) == shape[0],
                     "affine_charge: shape must be [R, C, inner] and stats [4, R], got ", shape, " and ", stats.sizes());
@@ -127,21 +128,21 @@ auto handle(const char* name, Function*) {
 }  // namespace
 
 Magnitudes magnitudes(const Tensor& lower, const Tensor& upper, int64_t length) {
-  static const auto op = handle("pycert::magnitudes", magnitudes_cpu);
+  static const auto op = handle("pycert::magnitudes", magnitudes_on_device);
   at::NoGradGuard no_grad;
   auto [size, stats] = op.call(lower, upper, length);
   return {size, stats};
 }
 
 Tensor squares(const Tensor& values) {
-  static const auto op = handle("pycert::squares", squares_cpu);
+  static const auto op = handle("pycert::squares", squares_on_device);
   at::NoGradGuard no_grad;
   return op.call(values);
 }
 
 Tensor affine_charge(const Tensor& like, at::IntArrayRef shape, const AffineSums& sums, const Tensor& stats,
                      const ChargeConstants& k) {
-  static const auto op = handle("pycert::affine_charge", affine_charge_cpu);
+  static const auto op = handle("pycert::affine_charge", affine_charge_on_device);
   at::NoGradGuard no_grad;
   const std::array<double, 10> constants{k.up,    k.own,   k.centre,  k.exact,      k.partial,
                                          k.terms, k.extra, k.longest, k.lost_scale, k.lost_fixed};
@@ -162,9 +163,9 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 
 // Every device by the same functions: device.h has the kernels of each.
 static void register_charge(torch::Library& m) {
-  m.impl("magnitudes", magnitudes_cpu);
-  m.impl("squares", squares_cpu);
-  m.impl("affine_charge", affine_charge_cpu);
+  m.impl("magnitudes", magnitudes_on_device);
+  m.impl("squares", squares_on_device);
+  m.impl("affine_charge", affine_charge_on_device);
 }
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_charge(m); }
 TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_charge(m); }

@@ -87,9 +87,9 @@ Tensor by_kernel(const Tensor& rows, const Tensor& weight, const ConvGeometry& g
   return out;
 }
 
-Tensor rows_convolution_cpu(const Tensor& rows, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
-                            IntArrayRef dilation, IntArrayRef output_padding, int64_t groups, bool transposed,
-                            const OptionalTensor& segments, const OptionalTensor& sample) {
+Tensor rows_convolution_on_device(const Tensor& rows, const Tensor& weight, IntArrayRef stride, IntArrayRef padding,
+                                  IntArrayRef dilation, IntArrayRef output_padding, int64_t groups, bool transposed,
+                                  const OptionalTensor& segments, const OptionalTensor& sample) {
   check_floating(rows, "rows_convolution", "rows");
   check_same(rows, weight, "rows_convolution", "rows", "weight");
   const auto pair = [](IntArrayRef v) {
@@ -147,7 +147,7 @@ Tensor rows_convolution(const Tensor& rows, const Tensor& weight, const ConvGeom
                         const Tensor& sample) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("pycert::rows_convolution", "")
-                             .typed<decltype(rows_convolution_cpu)>();
+                             .typed<decltype(rows_convolution_on_device)>();
   return op.call(rows, weight, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed,
                  optional_of(segments), optional_of(sample));
 }
@@ -158,7 +158,7 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "int groups, bool transposed, Tensor? segments, Tensor? sample=None) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("rows_convolution", rows_convolution_cpu); }
-TORCH_LIBRARY_IMPL(pycert, CUDA, m) { m.impl("rows_convolution", rows_convolution_cpu); }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("rows_convolution", rows_convolution_on_device); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { m.impl("rows_convolution", rows_convolution_on_device); }
 
 }  // namespace pycert

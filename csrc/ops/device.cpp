@@ -99,10 +99,11 @@ void set_cuda_check(std::function<bool()> check) {
 void check_cuda_kernels() {
   static const char* const setting = std::getenv("PYCERT_CUDA_UNTESTED");
   static const std::string untested = setting != nullptr ? setting : "";
-  static const bool emulated = is_one("CUBLAS_EMULATE_SINGLE_PRECISION");
-  TORCH_CHECK(!emulated,
-              "CUBLAS_EMULATE_SINGLE_PRECISION=1 makes float32 products inexact, which the error bounds do "
-              "not cover; unset it");
+  static const char* const emulated = is_one("CUBLAS_EMULATE_SINGLE_PRECISION")   ? "CUBLAS_EMULATE_SINGLE_PRECISION"
+                                      : is_one("CUBLAS_EMULATE_DOUBLE_PRECISION") ? "CUBLAS_EMULATE_DOUBLE_PRECISION"
+                                                                                  : nullptr;
+  TORCH_CHECK(emulated == nullptr, emulated,
+              "=1 makes products inexact in ways that the error bounds do not cover; unset it");
   if (kUntested.empty() || checked.load(std::memory_order_acquire)) return;
   TORCH_CHECK(
       untested == "1" || untested == "unchecked",

@@ -12,6 +12,7 @@
 #include <ATen/ops/mkldnn_convolution.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/slow_conv_dilated2d.h>
+#include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/thnn_conv2d.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -310,6 +311,7 @@ struct Charges {
   bool sound = false, vector = false;
   double own = 0, deployed = 0, radius_inflation = 1, terms = 0;
   double own_chain = 0, extra = 0;
+  bool relu = false;  // what follows the layer
 };
 
 Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64_t extra, at::ScalarType dtype,
@@ -335,6 +337,11 @@ Charges charges_for(int64_t own_chain, int64_t terms, Soundness soundness, int64
 template <typename T>
 T up(double x) {
   return std::nextafter(static_cast<T>(x), std::numeric_limits<T>::infinity());
+}
+
+template <typename T>
+T floor_of(bool relu) {
+  return relu ? T(0) : -std::numeric_limits<T>::infinity();
 }
 
 // mid, rho' and the sums of the underflow term, of boxes seen as [batch, count].
@@ -383,7 +390,8 @@ cpu::EnclosureArgs<T> enclosure_of(const Tensor& centre, const Tensor& radius, c
           c.sound && c.radius_inflation > 1 ? up<T>(c.radius_inflation) : T(1),
           tiny * (2 * c.terms + 2),
           tiny,
-          c.sound};
+          c.sound,
+          floor_of<T>(c.relu)};
 }
 
 // In place; channels on dimension 1.
@@ -409,8 +417,8 @@ bool fuses_enclosure(const Tensor& like) {
                                           : device_kernels<double>(like.device()).main.fuses_enclosure;
 }
 
-Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
-               int64_t soundness, int64_t extra_terms) {
+Box linear_on_device(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+                     int64_t soundness, int64_t extra_terms, bool relu) {
   check_box(lower, upper, "interval_linear");
   TORCH_CHECK_VALUE(weight.dim() == 2 && lower.dim() >= 2 && lower.size(-1) == weight.size(1),
                     "interval_linear: lower must be [batch, ..., in] and weight [out, in], got ", lower.sizes(),
@@ -422,6 +430,7 @@ Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   const int64_t chain = linear_chain(batch, weight) + 1;  // and the bias
   Charges c = charges_for(chain, count, Soundness(soundness), extra_terms, lower.scalar_type());
   c.vector = true;
+  c.relu = relu;
   const Prepared p = prepare_boxes(lower, upper, c, batch);
   const Tensor mid = p.mid.view({batch, count}), radius = p.radius.view({batch, count});
   Box out;
@@ -443,9 +452,10 @@ Box linear_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   return {out_lower.view(shape), out_upper.view(shape)};
 }
 
-Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
-               at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-               at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms) {
+Box conv2d_on_device(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
+                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                     at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms,
+                     bool relu) {
   check_box(lower, upper, "interval_conv2d");
   TORCH_CHECK_VALUE(lower.dim() == 4 && weight.dim() == 4,
                     "interval_conv2d: lower must be [batch, channels, height, width] and weight 4-dimensional, got ",
@@ -461,13 +471,14 @@ Box conv2d_cpu(const Tensor& lower, const Tensor& upper, const Tensor& weight, c
   if (interval_convolutions_pay(lower, weight, g)) {
     const bool fast = FastRadius::on() && has_fast_radius(lower.scalar_type());
     const int64_t chain = convolution_chain(weight, g) + 1;
-    const Charges c =
-        charges_for(chain, terms, Soundness(soundness), extra_terms, lower.scalar_type(), fast ? 4 * chain : 0);
+    Charges c = charges_for(chain, terms, Soundness(soundness), extra_terms, lower.scalar_type(), fast ? 4 * chain : 0);
+    c.relu = relu;
     const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
     const auto [centre, radius] = interval_convolutions(p.mid, p.radius, weight, g, fast);
     return enclose(centre, radius, bias, p.sums, c);
   }
-  const Charges c = charges_for(terms + 1, terms, Soundness(soundness), extra_terms, lower.scalar_type());
+  Charges c = charges_for(terms + 1, terms, Soundness(soundness), extra_terms, lower.scalar_type());
+  c.relu = relu;
   const Prepared p = prepare_boxes(lower, upper, c, lower.size(0));
   if (fuses_enclosure(p.mid)) {
     const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
@@ -508,8 +519,8 @@ AffineGrads finish(const Tensor& grad_mid, const Tensor& grad_radius, const Tens
 
 using TensorTuple4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-TensorTuple4 linear_backward_cpu(const Tensor& grad_lower, const Tensor& grad_upper, const Tensor& lower,
-                                 const Tensor& upper, const Tensor& weight, std::array<bool, 3> needed) {
+TensorTuple4 linear_backward_on_device(const Tensor& grad_lower, const Tensor& grad_upper, const Tensor& lower,
+                                       const Tensor& upper, const Tensor& weight, std::array<bool, 3> needed) {
   PrecisionGuard guard;
   const Tensor dc = (grad_lower + grad_upper).reshape({-1, weight.size(0)});
   const Tensor dr = (grad_upper - grad_lower).reshape({-1, weight.size(0)});
@@ -530,10 +541,10 @@ TensorTuple4 linear_backward_cpu(const Tensor& grad_lower, const Tensor& grad_up
   return {g.lower, g.upper, g.weight, g.bias};
 }
 
-TensorTuple4 conv2d_backward_cpu(const Tensor& grad_lower, const Tensor& grad_upper, const Tensor& lower,
-                                 const Tensor& upper, const Tensor& weight, at::IntArrayRef stride,
-                                 at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                                 at::IntArrayRef output_padding, int64_t groups, std::array<bool, 3> needed) {
+TensorTuple4 conv2d_backward_on_device(const Tensor& grad_lower, const Tensor& grad_upper, const Tensor& lower,
+                                       const Tensor& upper, const Tensor& weight, at::IntArrayRef stride,
+                                       at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                                       at::IntArrayRef output_padding, int64_t groups, std::array<bool, 3> needed) {
   PrecisionGuard guard;
   const Tensor dc = grad_lower + grad_upper, dr = grad_upper - grad_lower;
   std::array<bool, 3> mask{needed[0], needed[1], false};
@@ -568,8 +579,8 @@ TensorTuple4 conv2d_backward_cpu(const Tensor& grad_lower, const Tensor& grad_up
 }
 
 // [B, C, inner] view of a box for per-channel elementwise maps.
-Box scale_cpu(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
-              const OptionalTensor& magnitude, double kappa, bool sound) {
+Box scale_on_device(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
+                    const OptionalTensor& magnitude, double kappa, bool sound, bool relu) {
   check_box(lower, upper, "interval_scale");
   const Tensor l = lower.contiguous(), u = upper.contiguous();
   Tensor out_lower = at::empty_like(l), out_upper = at::empty_like(l);
@@ -583,13 +594,14 @@ Box scale_cpu(const Tensor& lower, const Tensor& upper, const OptionalTensor& sc
     const auto pointer = [](const Tensor& x) { return x.defined() ? x.const_data_ptr<scalar_t>() : nullptr; };
     kernels<scalar_t>(l)->scale({l.const_data_ptr<scalar_t>(), u.const_data_ptr<scalar_t>(), pointer(s), pointer(t),
                                  pointer(q), out_lower.data_ptr<scalar_t>(), out_upper.data_ptr<scalar_t>(), batch,
-                                 channels, inner, kappa == 0 ? scalar_t(0) : up<scalar_t>(kappa), sound});
+                                 channels, inner, kappa == 0 ? scalar_t(0) : up<scalar_t>(kappa), sound,
+                                 floor_of<scalar_t>(relu)});
   });
   return {out_lower, out_upper};
 }
 
-Box add_cpu(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper, bool subtract,
-            double kappa, bool sound) {
+Box add_on_device(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper,
+                  bool subtract, double kappa, bool sound, bool relu) {
   check_box(a_lower, a_upper, "interval_add");
   check_box(b_lower, b_upper, "interval_add");
   TORCH_CHECK_VALUE(a_lower.sizes() == b_lower.sizes(), "interval_add: both boxes must have the same shape, got ",
@@ -601,7 +613,7 @@ Box add_cpu(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower,
     kernels<scalar_t>(al)->add({al.const_data_ptr<scalar_t>(), au.const_data_ptr<scalar_t>(),
                                 bl.const_data_ptr<scalar_t>(), bu.const_data_ptr<scalar_t>(),
                                 lower.data_ptr<scalar_t>(), upper.data_ptr<scalar_t>(), al.numel(), subtract, sound,
-                                up<scalar_t>(kappa)});
+                                up<scalar_t>(kappa), floor_of<scalar_t>(relu)});
   });
   return {lower, upper};
 }
@@ -614,17 +626,17 @@ auto handle(const char* name) {
 }
 
 Box call_linear(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
-                int64_t soundness, int64_t extra_terms) {
-  static const auto op = handle<decltype(linear_cpu)>("pycert::interval_linear");
-  return op.call(lower, upper, weight, bias, soundness, extra_terms);
+                int64_t soundness, int64_t extra_terms, bool relu) {
+  static const auto op = handle<decltype(linear_on_device)>("pycert::interval_linear");
+  return op.call(lower, upper, weight, bias, soundness, extra_terms, relu);
 }
 
 Box call_conv2d(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
                 at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms) {
-  static const auto op = handle<decltype(conv2d_cpu)>("pycert::interval_conv2d");
+                at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms, bool relu) {
+  static const auto op = handle<decltype(conv2d_on_device)>("pycert::interval_conv2d");
   return op.call(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding, groups, soundness,
-                 extra_terms);
+                 extra_terms, relu);
 }
 
 // ---- autograd ----------------------------------------------------------------------------------------------------
@@ -632,29 +644,46 @@ Box call_conv2d(const Tensor& lower, const Tensor& upper, const Tensor& weight, 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-Tensor defined_or_zeros(const Tensor& grad, const Tensor& like) { return grad.defined() ? grad : at::zeros_like(like); }
+// Gradients of the ends before the ReLU that a step ended with, if it did.
+std::pair<Tensor, Tensor> before_relu(AutogradContext* ctx, const variable_list& grads, const Tensor& lower,
+                                      const Tensor& upper) {
+  const bool relu = ctx->saved_data["relu"].toBool();
+  const auto before = [&](const Tensor& grad, const Tensor& out) {
+    if (!grad.defined()) return at::zeros_like(lower);
+    return relu ? at::threshold_backward(grad, out, 0) : grad;
+  };
+  return {before(grads[0], lower), before(grads[1], upper)};
+}
+
+// With a step's own outputs, which the ReLU's gradient reads.
+void save_for_backward(AutogradContext* ctx, variable_list saved, const Tensor& lower, const Tensor& upper, bool relu) {
+  saved.push_back(lower);
+  if (relu) saved.push_back(upper);
+  ctx->save_for_backward(std::move(saved));
+  ctx->saved_data["relu"] = relu;
+}
 
 // Absent optional tensors have no number of their own among the inputs.
 bool needs_bias(AutogradContext* ctx) { return ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(3); }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& lower, const Tensor& upper, const Tensor& weight,
-                               const OptionalTensor& bias, int64_t soundness, int64_t extra_terms) {
+                               const OptionalTensor& bias, int64_t soundness, int64_t extra_terms, bool relu) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [l, u] = call_linear(lower, upper, weight, bias, soundness, extra_terms);
-    ctx->save_for_backward({lower, upper, weight, l});
+    auto [l, u] = call_linear(lower, upper, weight, bias, soundness, extra_terms, relu);
+    save_for_backward(ctx, {lower, upper, weight}, l, u, relu);
     ctx->saved_data["bias"] = bias.has_value();
     return {l, u};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     check_first_order(grads, "interval_linear");
-    static const auto op = handle<decltype(linear_backward_cpu)>("pycert::interval_linear_backward");
+    static const auto op = handle<decltype(linear_backward_on_device)>("pycert::interval_linear_backward");
     const auto saved = ctx->get_saved_variables();
-    const Tensor& like = saved[3];
+    const auto [grad_lower, grad_upper] = before_relu(ctx, grads, saved[3], saved.back());
     const bool box = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
-    auto [l, u, w, b] = op.call(defined_or_zeros(grads[0], like), defined_or_zeros(grads[1], like), saved[0], saved[1],
-                                saved[2], {box, ctx->needs_input_grad(2), needs_bias(ctx)});
-    return {l, u, w, b, Tensor(), Tensor()};
+    auto [l, u, w, b] =
+        op.call(grad_lower, grad_upper, saved[0], saved[1], saved[2], {box, ctx->needs_input_grad(2), needs_bias(ctx)});
+    return {l, u, w, b, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -662,11 +691,11 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& lower, const Tensor& upper, const Tensor& weight,
                                const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                                at::IntArrayRef dilation, bool transposed, at::IntArrayRef output_padding,
-                               int64_t groups, int64_t soundness, int64_t extra_terms) {
+                               int64_t groups, int64_t soundness, int64_t extra_terms, bool relu) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [l, u] = call_conv2d(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding, groups,
-                              soundness, extra_terms);
-    ctx->save_for_backward({lower, upper, weight, l});
+                              soundness, extra_terms, relu);
+    save_for_backward(ctx, {lower, upper, weight}, l, u, relu);
     ctx->saved_data["bias"] = bias.has_value();
     ctx->saved_data["stride"] = stride.vec();
     ctx->saved_data["padding"] = padding.vec();
@@ -678,70 +707,72 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     check_first_order(grads, "interval_conv2d");
-    static const auto op = handle<decltype(conv2d_backward_cpu)>("pycert::interval_conv2d_backward");
+    static const auto op = handle<decltype(conv2d_backward_on_device)>("pycert::interval_conv2d_backward");
     const auto saved = ctx->get_saved_variables();
-    const Tensor& like = saved[3];
+    const auto [grad_lower, grad_upper] = before_relu(ctx, grads, saved[3], saved.back());
     const bool box = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
     const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
-    auto [l, u, w, b] = op.call(defined_or_zeros(grads[0], like), defined_or_zeros(grads[1], like), saved[0], saved[1],
-                                saved[2], ints("stride"), ints("padding"), ints("dilation"),
-                                ctx->saved_data["transposed"].toBool(), ints("output_padding"),
+    auto [l, u, w, b] = op.call(grad_lower, grad_upper, saved[0], saved[1], saved[2], ints("stride"), ints("padding"),
+                                ints("dilation"), ctx->saved_data["transposed"].toBool(), ints("output_padding"),
                                 ctx->saved_data["groups"].toInt(), {box, ctx->needs_input_grad(2), needs_bias(ctx)});
-    return {l, u, w, b, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    variable_list out{l, u, w, b};
+    out.resize(13);
+    return out;
   }
 };
 
 Box linear_autograd(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
-                    int64_t soundness, int64_t extra_terms) {
+                    int64_t soundness, int64_t extra_terms, bool relu) {
   if (any_needs_grad(lower, upper, weight, value_or_empty(bias))) {
-    auto out = LinearFunction::apply(lower, upper, weight, bias, soundness, extra_terms);
+    auto out = LinearFunction::apply(lower, upper, weight, bias, soundness, extra_terms, relu);
     return {out[0], out[1]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return call_linear(lower, upper, weight, bias, soundness, extra_terms);
+  return call_linear(lower, upper, weight, bias, soundness, extra_terms, relu);
 }
 
 Box conv2d_autograd(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                    at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms) {
+                    at::IntArrayRef output_padding, int64_t groups, int64_t soundness, int64_t extra_terms, bool relu) {
   if (any_needs_grad(lower, upper, weight, value_or_empty(bias))) {
     auto out = Conv2dFunction::apply(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding,
-                                     groups, soundness, extra_terms);
+                                     groups, soundness, extra_terms, relu);
     return {out[0], out[1]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return call_conv2d(lower, upper, weight, bias, stride, padding, dilation, transposed, output_padding, groups,
-                     soundness, extra_terms);
+                     soundness, extra_terms, relu);
 }
 
 Box call_scale(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
-               const OptionalTensor& magnitude, double kappa, bool sound) {
-  static const auto op = handle<decltype(scale_cpu)>("pycert::interval_scale");
-  return op.call(lower, upper, scale, term, magnitude, kappa, sound);
+               const OptionalTensor& magnitude, double kappa, bool sound, bool relu) {
+  static const auto op = handle<decltype(scale_on_device)>("pycert::interval_scale");
+  return op.call(lower, upper, scale, term, magnitude, kappa, sound, relu);
 }
 
 Box call_add(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper, bool subtract,
-             double kappa, bool sound) {
-  static const auto op = handle<decltype(add_cpu)>("pycert::interval_add");
-  return op.call(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+             double kappa, bool sound, bool relu) {
+  static const auto op = handle<decltype(add_on_device)>("pycert::interval_add");
+  return op.call(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound, relu);
 }
 
 struct ScaleFunction : torch::autograd::Function<ScaleFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& lower, const Tensor& upper,
                                const OptionalTensor& scale, const OptionalTensor& term, const OptionalTensor& magnitude,
-                               double kappa, bool sound) {
+                               double kappa, bool sound, bool relu) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [l, u] = call_scale(lower, upper, scale, term, magnitude, kappa, sound);
-    ctx->save_for_backward({lower, upper, value_or_empty(scale), l, value_or_empty(term)});
+    auto [l, u] = call_scale(lower, upper, scale, term, magnitude, kappa, sound, relu);
+    save_for_backward(ctx, {lower, upper, value_or_empty(scale), value_or_empty(term)}, l, u, relu);
     return {l, u};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     check_first_order(grads, "interval_scale");
     const auto saved = ctx->get_saved_variables();
-    const Tensor &lower = saved[0], &upper = saved[1], &scale = saved[2], &term = saved[4];
+    const Tensor &lower = saved[0], &upper = saved[1], &scale = saved[2], &term = saved[3];
+    const auto [before_lower, before_upper] = before_relu(ctx, grads, saved[4], saved.back());
     const int64_t channels = scale.defined() ? scale.numel() : term.numel();
     const auto cube = [&](const Tensor& t) { return t.reshape({t.size(0), channels, -1}); };
-    const Tensor gl = cube(defined_or_zeros(grads[0], saved[3])), gu = cube(defined_or_zeros(grads[1], saved[3]));
+    const Tensor gl = cube(before_lower), gu = cube(before_upper);
     Tensor grad_lower, grad_upper, grad_scale, grad_term;
     if (scale.defined()) {
       const Tensor s = scale.reshape({1, channels, 1}), positive = s.ge(0);
@@ -757,45 +788,57 @@ struct ScaleFunction : torch::autograd::Function<ScaleFunction> {
       grad_upper = gu.view(lower.sizes());
     }
     if (term.defined()) grad_term = (gl + gu).sum(at::IntArrayRef({0, 2})).view(term.sizes());
-    return {grad_lower, grad_upper, grad_scale, grad_term, Tensor(), Tensor(), Tensor()};
+    return {grad_lower, grad_upper, grad_scale, grad_term, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
 struct AddFunction : torch::autograd::Function<AddFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& a_lower, const Tensor& a_upper,
-                               const Tensor& b_lower, const Tensor& b_upper, bool subtract, double kappa, bool sound) {
+                               const Tensor& b_lower, const Tensor& b_upper, bool subtract, double kappa, bool sound,
+                               bool relu) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [l, u] = call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+    auto [l, u] = call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound, relu);
     ctx->saved_data["subtract"] = subtract;
+    if (relu) save_for_backward(ctx, {}, l, u, relu);
     return {l, u};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (ctx->saved_data.count("relu") > 0) {
+      check_first_order(grads, "interval_add");
+      const auto saved = ctx->get_saved_variables();
+      std::tie(grads[0], grads[1]) = before_relu(ctx, grads, saved[0], saved[1]);
+    }
     const bool subtract = ctx->saved_data["subtract"].toBool();
     const auto negated = [](const Tensor& t) { return t.defined() ? t.neg() : t; };
-    return {
-        grads[0], grads[1], subtract ? negated(grads[1]) : grads[0], subtract ? negated(grads[0]) : grads[1], Tensor(),
-        Tensor(), Tensor()};
+    return {grads[0],
+            grads[1],
+            subtract ? negated(grads[1]) : grads[0],
+            subtract ? negated(grads[0]) : grads[1],
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 
 Box scale_autograd(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
-                   const OptionalTensor& magnitude, double kappa, bool sound) {
+                   const OptionalTensor& magnitude, double kappa, bool sound, bool relu) {
   if (any_needs_grad(lower, upper, value_or_empty(scale), value_or_empty(term))) {
-    auto out = ScaleFunction::apply(lower, upper, scale, term, magnitude, kappa, sound);
+    auto out = ScaleFunction::apply(lower, upper, scale, term, magnitude, kappa, sound, relu);
     return {out[0], out[1]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return call_scale(lower, upper, scale, term, magnitude, kappa, sound);
+  return call_scale(lower, upper, scale, term, magnitude, kappa, sound, relu);
 }
 
 Box add_autograd(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper,
-                 bool subtract, double kappa, bool sound) {
+                 bool subtract, double kappa, bool sound, bool relu) {
   if (any_needs_grad(a_lower, a_upper, b_lower, b_upper)) {
-    auto out = AddFunction::apply(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+    auto out = AddFunction::apply(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound, relu);
     return {out[0], out[1]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+  return call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound, relu);
 }
 
 thread_local bool fast_radius = false;
@@ -807,37 +850,38 @@ FastRadius::~FastRadius() { fast_radius = before_; }
 bool FastRadius::on() { return fast_radius; }
 
 Box interval_linear(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
-                    Soundness soundness, int64_t extra_terms) {
-  return call_linear(lower, upper, weight, bias, int64_t(soundness), extra_terms);
+                    Soundness soundness, int64_t extra_terms, bool relu) {
+  return call_linear(lower, upper, weight, bias, int64_t(soundness), extra_terms, relu);
 }
 
 Box interval_conv2d(const Tensor& lower, const Tensor& upper, const Tensor& weight, const OptionalTensor& bias,
-                    const ConvGeometry& g, Soundness soundness, int64_t extra_terms) {
+                    const ConvGeometry& g, Soundness soundness, int64_t extra_terms, bool relu) {
   return call_conv2d(lower, upper, weight, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding,
-                     g.groups, int64_t(soundness), extra_terms);
+                     g.groups, int64_t(soundness), extra_terms, relu);
 }
 
 Box interval_scale(const Tensor& lower, const Tensor& upper, const OptionalTensor& scale, const OptionalTensor& term,
-                   const OptionalTensor& magnitude, double kappa, bool sound) {
-  return call_scale(lower, upper, scale, term, magnitude, kappa, sound);
+                   const OptionalTensor& magnitude, double kappa, bool sound, bool relu) {
+  return call_scale(lower, upper, scale, term, magnitude, kappa, sound, relu);
 }
 
 Box interval_add(const Tensor& a_lower, const Tensor& a_upper, const Tensor& b_lower, const Tensor& b_upper,
-                 bool subtract, double kappa, bool sound) {
-  return call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound);
+                 bool subtract, double kappa, bool sound, bool relu) {
+  return call_add(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound, relu);
 }
 
 TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def(
-      "interval_linear(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, int soundness, int extra_terms) -> "
-      "(Tensor, Tensor)");
+      "interval_linear(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, int soundness, int extra_terms, bool "
+      "relu=False) "
+      "-> (Tensor, Tensor)");
   m.def(
       "interval_linear_backward(Tensor grad_lower, Tensor grad_upper, Tensor lower, Tensor upper, Tensor weight, "
       "bool[3] needed) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "interval_conv2d(Tensor lower, Tensor upper, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] "
-      "dilation, bool transposed, int[] output_padding, int groups, int soundness, int extra_terms) -> (Tensor, "
-      "Tensor)");
+      "dilation, bool transposed, int[] output_padding, int groups, int soundness, int extra_terms, bool relu=False) "
+      "-> (Tensor, Tensor)");
   m.def(
       "interval_conv2d_backward(Tensor grad_lower, Tensor grad_upper, Tensor lower, Tensor upper, Tensor weight, "
       "int[] "
@@ -849,20 +893,20 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
       "transposed, int[] output_padding, int groups) -> (Tensor, Tensor)");
   m.def(
       "interval_scale(Tensor lower, Tensor upper, Tensor? scale, Tensor? term, Tensor? magnitude, float kappa, bool "
-      "sound) -> (Tensor, Tensor)");
+      "sound, bool relu=False) -> (Tensor, Tensor)");
   m.def(
       "interval_add(Tensor a_lower, Tensor a_upper, Tensor b_lower, Tensor b_upper, bool subtract, float kappa, bool "
-      "sound) -> (Tensor, Tensor)");
+      "sound, bool relu=False) -> (Tensor, Tensor)");
 }
 
 // Every device by the same functions: device.h has the kernels of each.
 static void register_interval(torch::Library& m) {
-  m.impl("interval_linear", linear_cpu);
-  m.impl("interval_linear_backward", linear_backward_cpu);
-  m.impl("interval_conv2d", conv2d_cpu);
-  m.impl("interval_conv2d_backward", conv2d_backward_cpu);
-  m.impl("interval_scale", scale_cpu);
-  m.impl("interval_add", add_cpu);
+  m.impl("interval_linear", linear_on_device);
+  m.impl("interval_linear_backward", linear_backward_on_device);
+  m.impl("interval_conv2d", conv2d_on_device);
+  m.impl("interval_conv2d_backward", conv2d_backward_on_device);
+  m.impl("interval_scale", scale_on_device);
+  m.impl("interval_add", add_on_device);
   m.impl("dual_product", dual_product);
   m.impl("convolution", convolution);
 }

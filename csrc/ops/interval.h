@@ -18,12 +18,13 @@ struct ConvGeometry {
 
 using Box = std::tuple<at::Tensor, at::Tensor>;  // lower, upper
 
-// extra_terms lengthens the deployed chain: 8 where a BatchNorm follows that may have been folded in.
+// extra_terms lengthens the deployed chain: 8 where a BatchNorm follows that may have been folded in. relu: a ReLU
+// follows and is taken along.
 Box interval_linear(const at::Tensor& lower, const at::Tensor& upper, const at::Tensor& weight,
-                    const std::optional<at::Tensor>& bias, Soundness soundness, int64_t extra_terms);
+                    const std::optional<at::Tensor>& bias, Soundness soundness, int64_t extra_terms, bool relu = false);
 Box interval_conv2d(const at::Tensor& lower, const at::Tensor& upper, const at::Tensor& weight,
                     const std::optional<at::Tensor>& bias, const ConvGeometry& geometry, Soundness soundness,
-                    int64_t extra_terms);
+                    int64_t extra_terms, bool relu = false);
 
 // While one lives, interval_conv2d on this thread may form the radius in bfloat16, rounded up (precision="fast").
 class FastRadius {
@@ -41,9 +42,9 @@ class FastRadius {
 // scale x + term, each [C] on dimension 1 of x or absent; kappa roundings of |scale x| + magnitude.
 Box interval_scale(const at::Tensor& lower, const at::Tensor& upper, const std::optional<at::Tensor>& scale,
                    const std::optional<at::Tensor>& term, const std::optional<at::Tensor>& magnitude, double kappa,
-                   bool sound);
+                   bool sound, bool relu = false);
 Box interval_add(const at::Tensor& a_lower, const at::Tensor& a_upper, const at::Tensor& b_lower,
-                 const at::Tensor& b_upper, bool subtract, double kappa, bool sound);
+                 const at::Tensor& b_upper, bool subtract, double kappa, bool sound, bool relu = false);
 
 // A convolution that forms every product once and sums: oneDNN's direct algorithm or unfolding, never Winograd or FFT.
 // `sample`: images of a negative one are left out, where the device has a kernel that does.

@@ -238,10 +238,10 @@ ConvGeometry geometry_from(at::IntArrayRef stride, at::IntArrayRef padding, at::
 
 using PowerTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-PowerTensors power_cpu(const Tensor& weight, const OptionalTensor& row_mask, const OptionalTensor& column_mask,
-                       const OptionalTensor& start, int64_t steps, int64_t seed, bool conv, at::IntArrayRef input,
-                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
-                       at::IntArrayRef output_padding, int64_t groups) {
+PowerTensors power_on_device(const Tensor& weight, const OptionalTensor& row_mask, const OptionalTensor& column_mask,
+                             const OptionalTensor& start, int64_t steps, int64_t seed, bool conv, at::IntArrayRef input,
+                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                             at::IntArrayRef output_padding, int64_t groups) {
   check_floating(weight, "masked_power", "weight");
   TORCH_CHECK_VALUE(weight.dim() == (conv ? 4 : 2), "masked_power: weight must have ", conv ? 4 : 2,
                     " dimensions, got ", weight.sizes());
@@ -268,7 +268,7 @@ struct PowerFunction : torch::autograd::Function<PowerFunction> {
                                at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                                at::IntArrayRef output_padding, int64_t groups) {
     at::AutoDispatchBelowADInplaceOrView below;
-    static const auto op = handle<decltype(power_cpu)>("pycert::masked_power");
+    static const auto op = handle<decltype(power_on_device)>("pycert::masked_power");
     auto [sigma, u, rows, columns, scale] = op.call(weight, row_mask, column_mask, start, steps, seed, conv, input,
                                                     stride, padding, dilation, transposed, output_padding, groups);
     ctx->save_for_backward({weight, rows, columns, scale});
@@ -310,7 +310,7 @@ PowerTensors power_autograd(const Tensor& weight, const OptionalTensor& row_mask
     return {out[0], out[1], out[2], out[3], out[4]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  static const auto op = handle<decltype(power_cpu)>("pycert::masked_power");
+  static const auto op = handle<decltype(power_on_device)>("pycert::masked_power");
   return op.call(weight, row_mask, column_mask, start, steps, seed, conv, input, stride, padding, dilation, transposed,
                  output_padding, groups);
 }
@@ -326,8 +326,8 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 }
 
 // Every device by the same function: device.h has the kernels of each.
-TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("masked_power", power_cpu); }
-TORCH_LIBRARY_IMPL(pycert, CUDA, m) { m.impl("masked_power", power_cpu); }
+TORCH_LIBRARY_IMPL(pycert, CPU, m) { m.impl("masked_power", power_on_device); }
+TORCH_LIBRARY_IMPL(pycert, CUDA, m) { m.impl("masked_power", power_on_device); }
 
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) { m.impl("masked_power", power_autograd); }
 

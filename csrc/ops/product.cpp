@@ -16,8 +16,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 namespace {
 
-Tensor rows_product_cpu(const Tensor& rows, const Tensor& weight, const OptionalTensor& segments,
-                        const OptionalTensor& columns, const OptionalTensor& starts, const OptionalTensor& sample) {
+Tensor rows_product_on_device(const Tensor& rows, const Tensor& weight, const OptionalTensor& segments,
+                              const OptionalTensor& columns, const OptionalTensor& starts,
+                              const OptionalTensor& sample) {
   check_floating(rows, "rows_product", "rows");
   check_same(rows, weight, "rows_product", "rows", "weight");
   TORCH_CHECK_VALUE(rows.dim() == 2 && weight.dim() == 2 && rows.size(1) == weight.size(0),
@@ -60,8 +61,9 @@ int64_t product_chain(int64_t terms, const Tensor& like) {
 }
 
 Tensor rows_product(const Tensor& rows, const Tensor& weight, const LiveColumns& live) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("pycert::rows_product", "").typed<decltype(rows_product_cpu)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("pycert::rows_product", "")
+                             .typed<decltype(rows_product_on_device)>();
   return op.call(rows, weight, optional_of(live.segments), optional_of(live.columns), optional_of(live.starts),
                  optional_of(live.marked));
 }
@@ -74,7 +76,7 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 }
 
 // Every device by the same functions: device.h has the kernels of each.
-static void register_product(torch::Library& m) { m.impl("rows_product", rows_product_cpu); }
+static void register_product(torch::Library& m) { m.impl("rows_product", rows_product_on_device); }
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_product(m); }
 TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_product(m); }
 

@@ -26,7 +26,7 @@ T outward(double x, double direction) {
   return inside ? std::nextafter(nearest, static_cast<T>(direction)) : nearest;
 }
 
-std::tuple<Tensor, Tensor> linf_ball_cpu(const Tensor& x, const Tensor& eps, double low, double high) {
+std::tuple<Tensor, Tensor> linf_ball_on_device(const Tensor& x, const Tensor& eps, double low, double high) {
   check_floating(x, "linf_ball", "x");
   check_same(x, eps, "linf_ball", "x", "eps");
   TORCH_CHECK_VALUE(x.dim() >= 1 && eps.dim() == 1 && eps.size(0) == x.size(0), "linf_ball: eps must be [batch], got ",
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> linf_ball_cpu(const Tensor& x, const Tensor& eps, dou
 struct BallFunction : torch::autograd::Function<BallFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& eps, double low, double high) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [lower, upper] = linf_ball_cpu(x, eps, low, high);
+    auto [lower, upper] = linf_ball_on_device(x, eps, low, high);
     ctx->save_for_backward({lower.gt(low), upper.lt(high)});
     return {lower, upper};
   }
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor> linf_ball_autograd(const Tensor& x, const Tensor& eps
   }
   at::AutoDispatchBelowADInplaceOrView below;
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("pycert::linf_ball", "").typed<decltype(linf_ball_cpu)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("pycert::linf_ball", "").typed<decltype(linf_ball_on_device)>();
   return op.call(x, eps, low, high);
 }
 
@@ -81,7 +81,7 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
   m.def("linf_ball(Tensor x, Tensor eps, float low, float high) -> (Tensor, Tensor)");
 }
 // Every device by the same functions: device.h has the kernels of each.
-static void register_region(torch::Library& m) { m.impl("linf_ball", linf_ball_cpu); }
+static void register_region(torch::Library& m) { m.impl("linf_ball", linf_ball_on_device); }
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_region(m); }
 TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_region(m); }
 TORCH_LIBRARY_IMPL(pycert, Autograd, m) { m.impl("linf_ball", linf_ball_autograd); }

@@ -112,7 +112,7 @@ Tensor sum_to_parameter(const Tensor& elements, const Tensor& parameter) {
 
 // ---- CPU -----------------------------------------------------------------------------------------------------------
 
-Tensors3 relu_relaxation_cpu(const Tensor& lower, const Tensor& upper, int64_t slope) {
+Tensors3 relu_relaxation_on_device(const Tensor& lower, const Tensor& upper, int64_t slope) {
   check_bounds("relu_relaxation", lower, upper);
   const Slope rule = checked_slope("relu_relaxation", slope);
   const Tensor low = lower.contiguous(), high = upper.contiguous();
@@ -126,9 +126,10 @@ Tensors3 relu_relaxation_cpu(const Tensor& lower, const Tensor& upper, int64_t s
   return {lower_slope, upper_slope, intercept};
 }
 
-Tensors2 relu_relaxation_backward_cpu(const Tensor& lower, const Tensor& upper, const OptionalTensor& grad_lower_slope,
-                                      const OptionalTensor& grad_upper_slope,
-                                      const OptionalTensor& grad_upper_intercept, int64_t slope) {
+Tensors2 relu_relaxation_backward_on_device(const Tensor& lower, const Tensor& upper,
+                                            const OptionalTensor& grad_lower_slope,
+                                            const OptionalTensor& grad_upper_slope,
+                                            const OptionalTensor& grad_upper_intercept, int64_t slope) {
   const Slope rule = checked_slope("relu_relaxation_backward", slope);
   const Tensor low = lower.contiguous(), high = upper.contiguous();
   const Tensor g_lower_slope = contiguous_or_undefined(grad_lower_slope);
@@ -145,8 +146,8 @@ Tensors2 relu_relaxation_backward_cpu(const Tensor& lower, const Tensor& upper, 
   return {grad_lower, grad_upper};
 }
 
-Tensors4 activation_lines_cpu(const Tensor& lower, const Tensor& upper, int64_t kind, const OptionalTensor& parameter,
-                              double a, double b, int64_t slope, bool deployed) {
+Tensors4 activation_lines_on_device(const Tensor& lower, const Tensor& upper, int64_t kind,
+                                    const OptionalTensor& parameter, double a, double b, int64_t slope, bool deployed) {
   check_bounds("activation_lines", lower, upper);
   const Description description{kind, parameter, a, b};
   check_description("activation_lines", lower, description);
@@ -164,12 +165,12 @@ Tensors4 activation_lines_cpu(const Tensor& lower, const Tensor& upper, int64_t 
   return {lower_slope, lower_intercept, upper_slope, upper_intercept};
 }
 
-Tensors3 activation_lines_backward_cpu(const Tensor& lower, const Tensor& upper, const OptionalTensor& parameter,
-                                       const OptionalTensor& grad_lower_slope,
-                                       const OptionalTensor& grad_lower_intercept,
-                                       const OptionalTensor& grad_upper_slope,
-                                       const OptionalTensor& grad_upper_intercept, int64_t kind, double a, double b,
-                                       int64_t slope) {
+Tensors3 activation_lines_backward_on_device(const Tensor& lower, const Tensor& upper, const OptionalTensor& parameter,
+                                             const OptionalTensor& grad_lower_slope,
+                                             const OptionalTensor& grad_lower_intercept,
+                                             const OptionalTensor& grad_upper_slope,
+                                             const OptionalTensor& grad_upper_intercept, int64_t kind, double a,
+                                             double b, int64_t slope) {
   const Description description{kind, parameter, a, b};
   const Slope rule = checked_slope("activation_lines_backward", slope);
   const Tensor low = lower.contiguous(), high = upper.contiguous(), values = contiguous_or_undefined(parameter);
@@ -191,8 +192,8 @@ Tensors3 activation_lines_backward_cpu(const Tensor& lower, const Tensor& upper,
           values.defined() ? sum_to_parameter(grad_elements, values) : at::empty({0}, low.options())};
 }
 
-Tensors2 activation_interval_cpu(const Tensor& lower, const Tensor& upper, int64_t kind,
-                                 const OptionalTensor& parameter, double a, double b, bool deployed) {
+Tensors2 activation_interval_on_device(const Tensor& lower, const Tensor& upper, int64_t kind,
+                                       const OptionalTensor& parameter, double a, double b, bool deployed) {
   check_bounds("activation_interval", lower, upper);
   const Description description{kind, parameter, a, b};
   check_description("activation_interval", lower, description);
@@ -207,9 +208,10 @@ Tensors2 activation_interval_cpu(const Tensor& lower, const Tensor& upper, int64
   return {out_lower, out_upper};
 }
 
-Tensors3 activation_interval_backward_cpu(const Tensor& lower, const Tensor& upper, const OptionalTensor& parameter,
-                                          const OptionalTensor& grad_out_lower, const OptionalTensor& grad_out_upper,
-                                          int64_t kind, double a, double b) {
+Tensors3 activation_interval_backward_on_device(const Tensor& lower, const Tensor& upper,
+                                                const OptionalTensor& parameter, const OptionalTensor& grad_out_lower,
+                                                const OptionalTensor& grad_out_upper, int64_t kind, double a,
+                                                double b) {
   const Description description{kind, parameter, a, b};
   const Tensor low = lower.contiguous(), high = upper.contiguous(), values = contiguous_or_undefined(parameter);
   const Tensor g_lower = contiguous_or_undefined(grad_out_lower), g_upper = contiguous_or_undefined(grad_out_upper);
@@ -236,19 +238,19 @@ c10::TypedOperatorHandle<Signature> handle(const char* name) {
 }
 
 Tensors3 dispatch_relu(const Tensor& lower, const Tensor& upper, int64_t slope) {
-  static const auto op = handle<decltype(relu_relaxation_cpu)>("pycert::relu_relaxation");
+  static const auto op = handle<decltype(relu_relaxation_on_device)>("pycert::relu_relaxation");
   return op.call(lower, upper, slope);
 }
 
 Tensors4 dispatch_lines(const Tensor& lower, const Tensor& upper, int64_t kind, const OptionalTensor& parameter,
                         double a, double b, int64_t slope, bool deployed) {
-  static const auto op = handle<decltype(activation_lines_cpu)>("pycert::activation_lines");
+  static const auto op = handle<decltype(activation_lines_on_device)>("pycert::activation_lines");
   return op.call(lower, upper, kind, parameter, a, b, slope, deployed);
 }
 
 Tensors2 dispatch_interval(const Tensor& lower, const Tensor& upper, int64_t kind, const OptionalTensor& parameter,
                            double a, double b, bool deployed) {
-  static const auto op = handle<decltype(activation_interval_cpu)>("pycert::activation_interval");
+  static const auto op = handle<decltype(activation_interval_on_device)>("pycert::activation_interval");
   return op.call(lower, upper, kind, parameter, a, b, deployed);
 }
 
@@ -269,7 +271,7 @@ struct ReluRelaxationFunction : torch::autograd::Function<ReluRelaxationFunction
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = handle<decltype(relu_relaxation_backward_cpu)>("pycert::relu_relaxation_backward");
+    static const auto op = handle<decltype(relu_relaxation_backward_on_device)>("pycert::relu_relaxation_backward");
     const auto saved = ctx->get_saved_variables();
     auto [grad_lower, grad_upper] = op.call(saved[0], saved[1], gradient_or_none(grads[0]), gradient_or_none(grads[1]),
                                             gradient_or_none(grads[2]), ctx->saved_data["slope"].toInt());
@@ -298,7 +300,7 @@ struct ActivationLinesFunction : torch::autograd::Function<ActivationLinesFuncti
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = handle<decltype(activation_lines_backward_cpu)>("pycert::activation_lines_backward");
+    static const auto op = handle<decltype(activation_lines_backward_on_device)>("pycert::activation_lines_backward");
     const auto saved = ctx->get_saved_variables();
     auto [grad_lower, grad_upper, grad_parameter] =
         op.call(saved[0], saved[1], gradient_or_none(saved[2]), gradient_or_none(grads[0]), gradient_or_none(grads[1]),
@@ -319,7 +321,8 @@ struct ActivationIntervalFunction : torch::autograd::Function<ActivationInterval
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = handle<decltype(activation_interval_backward_cpu)>("pycert::activation_interval_backward");
+    static const auto op =
+        handle<decltype(activation_interval_backward_on_device)>("pycert::activation_interval_backward");
     const auto saved = ctx->get_saved_variables();
     auto [grad_lower, grad_upper, grad_parameter] =
         op.call(saved[0], saved[1], gradient_or_none(saved[2]), gradient_or_none(grads[0]), gradient_or_none(grads[1]),
@@ -353,14 +356,14 @@ Tensors2 activation_interval_autograd(const Tensor& lower, const Tensor& upper, 
 
 Tensors3 relu_relaxation(const Tensor& lower, const Tensor& upper, int64_t slope) {
   if (any_needs_grad(lower, upper)) return relu_relaxation_autograd(lower, upper, slope);
-  return lower.is_cpu() ? relu_relaxation_cpu(lower, upper, slope) : dispatch_relu(lower, upper, slope);
+  return lower.is_cpu() ? relu_relaxation_on_device(lower, upper, slope) : dispatch_relu(lower, upper, slope);
 }
 
 Tensors4 activation_lines(const Tensor& lower, const Tensor& upper, int64_t kind, const OptionalTensor& parameter,
                           double a, double b, int64_t slope, bool deployed) {
   if (any_needs_grad(lower, upper, value_or_empty(parameter)))
     return activation_lines_autograd(lower, upper, kind, parameter, a, b, slope, deployed);
-  return lower.is_cpu() ? activation_lines_cpu(lower, upper, kind, parameter, a, b, slope, deployed)
+  return lower.is_cpu() ? activation_lines_on_device(lower, upper, kind, parameter, a, b, slope, deployed)
                         : dispatch_lines(lower, upper, kind, parameter, a, b, slope, deployed);
 }
 
@@ -368,7 +371,7 @@ Tensors2 activation_interval(const Tensor& lower, const Tensor& upper, int64_t k
                              double a, double b, bool deployed) {
   if (any_needs_grad(lower, upper, value_or_empty(parameter)))
     return activation_interval_autograd(lower, upper, kind, parameter, a, b, deployed);
-  return lower.is_cpu() ? activation_interval_cpu(lower, upper, kind, parameter, a, b, deployed)
+  return lower.is_cpu() ? activation_interval_on_device(lower, upper, kind, parameter, a, b, deployed)
                         : dispatch_interval(lower, upper, kind, parameter, a, b, deployed);
 }
 
@@ -397,12 +400,12 @@ TORCH_LIBRARY_FRAGMENT(pycert, m) {
 
 // Every device by the same functions: device.h has the kernels of each.
 static void register_relaxation(torch::Library& m) {
-  m.impl("relu_relaxation", relu_relaxation_cpu);
-  m.impl("relu_relaxation_backward", relu_relaxation_backward_cpu);
-  m.impl("activation_lines", activation_lines_cpu);
-  m.impl("activation_lines_backward", activation_lines_backward_cpu);
-  m.impl("activation_interval", activation_interval_cpu);
-  m.impl("activation_interval_backward", activation_interval_backward_cpu);
+  m.impl("relu_relaxation", relu_relaxation_on_device);
+  m.impl("relu_relaxation_backward", relu_relaxation_backward_on_device);
+  m.impl("activation_lines", activation_lines_on_device);
+  m.impl("activation_lines_backward", activation_lines_backward_on_device);
+  m.impl("activation_interval", activation_interval_on_device);
+  m.impl("activation_interval_backward", activation_interval_backward_on_device);
 }
 TORCH_LIBRARY_IMPL(pycert, CPU, m) { register_relaxation(m); }
 TORCH_LIBRARY_IMPL(pycert, CUDA, m) { register_relaxation(m); }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pycert._flags import refuse_emulation
 from pycert.norms.arithmetic import UP, exact_double, exponent_of, gamma, round_up, scaled_back, times_power
 from pycert.norms.band import Band, largest_eigenvalue
 from pycert.norms.dense import Downdated, norm_bound
@@ -76,7 +77,7 @@ def _scaled(value: Tensor) -> tuple[Tensor, Tensor]:
 
 def prepare(operator: Operator, rows: Tensor | None, columns: Tensor | None) -> Masks:
     weight = exact_double(operator.weight)
-    power = exponent_of(weight.abs().amax()) if weight.numel() else torch.zeros((), dtype=torch.int32)
+    power = exponent_of(weight.abs().amax()) if weight.numel() else weight.new_zeros((), dtype=torch.int32)
     scaled = operator.with_weight(times_power(weight, -power))
     batch = 1
     exponent = power.reshape(1)
@@ -106,6 +107,7 @@ def upper_norm(
     operator: Operator, rows: Tensor | None, columns: Tensor | None, p: float, effort: str
 ) -> Tensor:
     """At least ``||D_rows W D_columns||_p``; ``[B]`` in the dtype of the weight, NaN where something is not finite."""
+    refuse_emulation(operator.weight.device)
     masks = prepare(operator, rows, columns)
     bad = ~torch.isfinite(masks.operator.weight).all().expand(masks.batch)
     for mask in (masks.rows, masks.columns):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pycert._flags import plain_convolutions
+
 Pair = tuple[int, int]
 
 
@@ -77,18 +79,20 @@ class Operator:
         g = self.geometry
         if g is None:
             return F.linear(x, self.weight)
-        if g.transposed:
-            return F.conv_transpose2d(
-                x, self.weight, None, g.stride, g.padding, g.output_padding, g.groups, g.dilation
-            )
-        return F.conv2d(x, self.weight, None, g.stride, g.padding, g.dilation, g.groups)
+        with plain_convolutions(x.device):
+            if g.transposed:
+                return F.conv_transpose2d(
+                    x, self.weight, None, g.stride, g.padding, g.output_padding, g.groups, g.dilation
+                )
+            return F.conv2d(x, self.weight, None, g.stride, g.padding, g.dilation, g.groups)
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         g = self.geometry
         if g is None:
             return F.linear(y, self.weight.t())
         if g.transposed:
-            image = F.conv2d(y, self.weight, None, g.stride, g.padding, g.dilation, g.groups)
+            with plain_convolutions(y.device):
+                image = F.conv2d(y, self.weight, None, g.stride, g.padding, g.dilation, g.groups)
             return image[
                 :, :, : g.input_shape[1], : g.input_shape[2]
             ]  # more with an output padding >= stride
@@ -97,7 +101,8 @@ class Operator:
             g.input_shape[1 + a] - ((y.shape[2 + a] - 1) * g.stride[a] - 2 * g.padding[a] + reach[a])
             for a in (0, 1)
         ]
-        return F.conv_transpose2d(y, self.weight, None, g.stride, g.padding, extra, g.groups, g.dilation)
+        with plain_convolutions(y.device):
+            return F.conv_transpose2d(y, self.weight, None, g.stride, g.padding, extra, g.groups, g.dilation)
 
     def terms(self) -> int:
         """At least the number of products in a sum of ``apply`` or ``apply_adjoint``."""

@@ -110,7 +110,7 @@ def _gradients(lower, upper, weight, out, needed):  # type: ignore[no-untyped-de
 
 
 @torch.library.register_fake("pycert::interval_linear")
-def _(lower, upper, weight, bias, soundness, extra_terms):  # type: ignore[no-untyped-def]
+def _(lower, upper, weight, bias, soundness, extra_terms, relu=False):  # type: ignore[no-untyped-def]
     shape = (*lower.shape[:-1], weight.shape[0])
     return lower.new_empty(shape), lower.new_empty(shape)
 
@@ -145,6 +145,7 @@ def _(  # type: ignore[no-untyped-def]
     groups,
     soundness,
     extra,
+    relu=False,
 ):
     shape = _conv_shape(lower, weight, stride, padding, dilation, transposed, output_padding, groups)
     return lower.new_empty(shape), lower.new_empty(shape)

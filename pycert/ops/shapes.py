@@ -26,12 +26,12 @@ def _(x, eps, low, high):
 
 
 @torch.library.register_fake("pycert::interval_scale")
-def _(lower, upper, scale, term, magnitude, kappa, sound):
+def _(lower, upper, scale, term, magnitude, kappa, sound, relu=False):
     return _two_like(lower)
 
 
 @torch.library.register_fake("pycert::interval_add")
-def _(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound):
+def _(a_lower, a_upper, b_lower, b_upper, subtract, kappa, sound, relu=False):
     return _two_like(a_lower)
 
 
