@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 
 import pycert
 from pycert.cli import certify, demo, main, records
+from pycert.options import Options
 
 MODULE = """
 import torch
@@ -109,6 +111,29 @@ def test_methods_with_groups_of_neurons(folder, method, capsys):
     capsys.readouterr()
     assert main([*command, "crown"]) == 2
     assert "--iterations is of --method alpha-crown, krelu, lp" in capsys.readouterr().err
+
+
+def test_every_option_of_bound_is_one_of_the_command(folder, capsys):
+    options = {field.name for field in dataclasses.fields(Options)}
+    assert options - set(certify.SOME_OPTIONS) == {
+        "side",
+        "intersect",
+        "soundness",
+        "memory",
+        "cuts",
+        "norms",
+    }
+    assert set(certify.SOME_OPTIONS) <= options
+    command = f"{COMMAND} --eps 0.4 --no-plot --samples 6 --method crown".split()
+    assert main([*command, "--slope", "zero", "--pooling", "constant", "--precision", "fast"]) == 0
+    margins = [row["margin"] for row in results() if row["margin"] is not None]
+    assert main([*command, "--overwrite"]) == 0
+    assert margins != [row["margin"] for row in results() if row["margin"] is not None]
+    header, _ = records.read(folder / "r.jsonl")
+    assert header["run"]["options"]["of_methods"] == {"crown": {}}
+    capsys.readouterr()
+    assert main([*command, "--threshold", "0.5"]) == 2
+    assert "--threshold is of --method alpha-crown, krelu, lp" in capsys.readouterr().err
 
 
 def test_the_report_stands_alone_and_names_what_it_rests_on(folder):

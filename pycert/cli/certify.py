@@ -24,23 +24,33 @@ from pycert.options import (
     EFFORTS,
     JOINT_INTERMEDIATES,
     METHODS,
+    POOLINGS,
+    PRECISIONS,
+    SLOPES,
     SOUNDNESS,
     TAKEN_BY,
     memory_bytes,
     parse,
 )
 
-#: Options that go to some methods alone (``pycert.options.TAKEN_BY``); None is the method's own default.
+#: Options that go on to the methods that take them (``pycert.options.TAKEN_BY``); None is the method's own default.
 SOME_OPTIONS = (
+    "slope",
+    "pooling",
+    "precision",
     "iterations",
     "learning_rate",
     "alpha",
     "intermediate",
+    "threshold",
     "k",
     "ns",
     "s",
     "cover",
+    "least",
     "rows",
+    "cut_rate",
+    "directions",
     "leaves",
     "time_limit",
     "effort",
@@ -91,6 +101,11 @@ def _add_bound_options(parser: argparse.ArgumentParser) -> None:
     bounds.add_argument(
         "--intersect", action=argparse.BooleanOptionalAction, default=True, help="with interval bounds"
     )
+    bounds.add_argument("--slope", choices=SLOPES, help="lower lines of unstable ReLUs (default adaptive)")
+    bounds.add_argument("--pooling", choices=POOLINGS, help="upper lines of max-pooling (default adaptive)")
+    bounds.add_argument(
+        "--precision", choices=PRECISIONS, help="fast: radii in bfloat16, rounded up (default exact)"
+    )
     bounds.add_argument(
         "--cascade", action=argparse.BooleanOptionalAction, default=True, help="cheap methods first"
     )
@@ -110,6 +125,11 @@ def _add_bound_options(parser: argparse.ArgumentParser) -> None:
         choices=JOINT_INTERMEDIATES,
         help="of alpha-crown, krelu and lp: method of the intermediate bounds (default crown)",
     )
+    bounds.add_argument(
+        "--threshold",
+        type=inputs.number,
+        help="of alpha-crown, krelu and lp: margins above it do (default 0)",
+    )
     bounds.add_argument("--k", type=int, help="of krelu and lp: neurons in a group, 1 to 4 (default 3)")
     bounds.add_argument(
         "--ns", type=int, metavar="N", help="of krelu and lp: neurons in a block (default 70)"
@@ -119,10 +139,28 @@ def _add_bound_options(parser: argparse.ArgumentParser) -> None:
     )
     bounds.add_argument("--cover", choices=COVERS, help="of krelu and lp: groups of a block (default sparse)")
     bounds.add_argument(
+        "--least",
+        type=float,
+        metavar="AREA",
+        help="of krelu and lp: neurons of smaller area are in no group (default 0)",
+    )
+    bounds.add_argument(
         "--rows",
         type=int,
         metavar="N",
         help="of krelu and lp: rows of a group (default 12; lp 0, triangles alone)",
+    )
+    bounds.add_argument(
+        "--cut-rate",
+        type=float,
+        metavar="RATE",
+        help="of krelu and lp: first step of rows' multipliers (default 0.1)",
+    )
+    bounds.add_argument(
+        "--directions",
+        type=int,
+        metavar="N",
+        help="of krelu and lp with --intermediate krelu: steps of ascent for octahedral directions (default 0)",
     )
     bounds.add_argument(
         "--leaves",
@@ -225,7 +263,7 @@ def _check(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise CommandError(f"--{error}") from error
     for name in SOME_OPTIONS:
-        if getattr(args, name) is not None and not set(args.method) & set(TAKEN_BY[name]):
+        if getattr(args, name) is not None and not set(args.method) & set(TAKEN_BY.get(name, METHODS)):
             raise CommandError(f"--{name.replace('_', '-')} is of --method {', '.join(TAKEN_BY[name])}")
     if any(eps < 0 or eps == float("inf") for eps in args.eps):
         raise CommandError(f"--eps must be finite and not negative, got {args.eps}")
@@ -249,7 +287,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _options_of(method: str, args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says about one method."""
-    given = {name: getattr(args, name) for name in SOME_OPTIONS if method in TAKEN_BY[name]}
+    given = {name: getattr(args, name) for name in SOME_OPTIONS if method in TAKEN_BY.get(name, METHODS)}
     return {name: value for name, value in given.items() if value is not None}
 
 
