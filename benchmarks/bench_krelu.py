@@ -21,7 +21,7 @@ from . import results
 FOLDER = results.FOLDER / "krelu"
 JOINT = dict(intermediate="krelu", iterations=60, cut_rate=0.2)
 FINER = dict(intermediate="krelu", iterations=150, cut_rate=0.2, directions=25, ns=100, rows=20)
-BRANCHED = dict(FINER, leaves=100000)
+BRANCHED = dict(FINER, leaves=60000)
 #: What stands in the tables: method and options. Each sees what those in CHEAPER leave open.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "crown": ("crown", {}),

@@ -87,8 +87,12 @@ def branched(
     Every neuron's range is cut at zero, and each half is bounded with the neuron's activation exact there. The neuron
     is the one whose chord costs the bound most. Values that are better than those of ``best`` have no gradient.
     """
-    if parsed.leaves <= 1:
+    if parsed.leaves <= 1 or not boxes:
         return best
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "leaves > 1 needs gradients: use torch.no_grad() in place of torch.inference_mode()"
+        )
     flat = {i: (lower.detach().flatten(1), upper.detach().flatten(1)) for i, (lower, upper) in boxes.items()}
     shapes = {i: lower.shape[1:] for i, (lower, _) in boxes.items()}
 

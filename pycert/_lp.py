@@ -77,7 +77,7 @@ def affine_maps(bm: BoundedModule) -> dict[int, Affine]:
         part = dataclasses.replace(
             graph, nodes=nodes[: target + 1], output=target, inputs=[shapes[j] for j in known]
         )
-        module = type(bm)._of_graph(bm.net, part)
+        module = bm._part(part)
         zeros = [torch.zeros(1, *shapes[j], dtype=like.dtype, device=like.device) for j in known]
         regions, _ = module._regions(tuple(Box(z, z) for z in zeros))
         with torch.no_grad():
@@ -301,7 +301,7 @@ def bound_rows(
     best = krelu.ascended(bm, regions, rows, given, boxes, cuts, return_linear)
     if not any(node.op == "relu" for node in bm.graph.nodes[: bm.graph.output + 1]):
         return best  # nothing is relaxed
-    plain = dataclasses.replace(given, iterations=0)
+    plain = dataclasses.replace(given, iterations=0, alpha="per spec")  # a row has slopes of its own
     first = _solve_all(bm, maps, regions, rows, parsed, boxes, cuts, best)
     every = cuts._with(krelu.box_rows(bm, boxes))
     found = bm._bound(
@@ -320,7 +320,9 @@ def bound_rows(
 
 def _leaf_solver(bm: BoundedModule, maps: dict[int, Affine], parsed: Options, cuts: krelu.CutSet) -> Any:
     """Bounds of leaves of a branching by linear programs."""
-    options = dataclasses.replace(parsed, intermediate="crown", side="lower", iterations=0, threshold=None)
+    options = dataclasses.replace(
+        parsed, intermediate="crown", alpha="per spec", side="lower", iterations=0, threshold=None
+    )
 
     def solve(regions: list[Any], spec: Tensor, boxes: krelu.Boxes, samples: Tensor) -> Tensor:
         own = cuts._of_samples(samples)

@@ -97,12 +97,11 @@ class BoundedModule(nn.Module):
         self._traced = _modules_of(net)
         self._prepare()
 
-    @classmethod
-    def _of_graph(cls, net: nn.Module, graph: Graph) -> BoundedModule:
-        """A bounded module of a graph that is there already, as a part of another's is."""
-        made = cls.__new__(cls)
+    def _part(self, graph: Graph) -> BoundedModule:
+        """A bounded module of a part of the graph, over the same modules."""
+        made = type(self).__new__(type(self))
         nn.Module.__init__(made)
-        made.net, made.graph, made._traced = net, graph, []
+        made.net, made.graph, made._traced = self.net, graph, self._traced
         made._prepare()
         return made
 
@@ -420,8 +419,6 @@ class BoundedModule(nn.Module):
 
     def _check_modules(self) -> None:
         """The trace reads the modules that it has met: bounds of a network without them would be another's."""
-        if not self._traced:
-            return
         now = _modules_of(self.net)
         if len(now) == len(self._traced) and all(a is b for a, b in zip(now, self._traced, strict=True)):
             return

@@ -575,7 +575,7 @@ def _before(boxes: Boxes, node: int) -> Boxes:
 
 def _truncated(bm: BoundedModule, node: int) -> BoundedModule:
     graph = dataclasses.replace(bm.graph, nodes=bm.graph.nodes[: node + 1], output=node)
-    return type(bm)._of_graph(bm.net, graph)
+    return bm._part(graph)
 
 
 __all__ = [

@@ -182,3 +182,25 @@ def test_a_network_without_relu_has_its_exact_bounds():
     bm = pycert.BoundedModule(net, region.x)
     for found, expected in zip(bm.bound(region, method="lp"), bm.bound(region, method="crown"), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_shared_slopes_are_those_of_the_ascent_alone():
+    """The programs' own slopes belong to a row each, whatever the ascent before them shares."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    x = torch.randn(2, 4)
+    bm = pycert.BoundedModule(net, x)
+    region = pycert.LpBall(x, 0.3)
+    shared, own = (bm.bound(region, "lp", alpha=alpha) for alpha in ("shared", "per spec"))
+    torch.testing.assert_close(shared.lower, own.lower, rtol=1e-3, atol=1e-3)
+    assert (shared.lower >= bm.bound(region, "alpha-crown", alpha="shared").lower - 1e-5).all()
+
+
+@pytest.mark.parametrize("method", ["krelu", "lp"])
+def test_branching_without_relus_and_in_inference_mode(method):
+    net, x = nn.Linear(4, 3), torch.randn(2, 4)
+    bm, region = pycert.BoundedModule(net, x), pycert.LpBall(x, 0.3)
+    torch.testing.assert_close(bm.bound(region, method, leaves=4).lower, bm.bound(region, "crown").lower)
+    deep = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"no_grad"):
+        pycert.BoundedModule(deep, x).bound(pycert.LpBall(x.clone(), 0.3), method, leaves=4)

@@ -505,3 +505,41 @@ def test_norms_on_a_gpu_keep_to_products_that_the_error_bounds_cover(monkeypatch
         _flags.refuse_emulation(torch.device("cuda"))
     monkeypatch.setenv("CUBLAS_EMULATE_DOUBLE_PRECISION", "0")
     _flags.refuse_emulation(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_what_is_left_of_a_weight_may_be_tiny(p, flush):
+    """Beside the largest weight or mask it may underflow, and squares of it do long before."""
+    double, single = torch.float64, torch.float32
+    cases = [
+        (torch.tensor([[1.0], [1e-170]], dtype=double), torch.tensor([[0.0, 1.0]], dtype=double), None, 1e-170),
+        (torch.tensor([[1.0], [1.3e-161]], dtype=double), torch.tensor([[0.0, 1.0]], dtype=double), None, 1.3e-161),
+        (torch.tensor([[1e300, 1e-100]], dtype=double), None, torch.tensor([[0.0, 1.0]], dtype=double), 1e-100),
+        (torch.tensor([[0.0], [1.0]]), torch.tensor([[1e170, 1.0]], dtype=double), None, 1.0),
+        (torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0**1000, 2.0**-74]], dtype=double), None, 2.0**-74),
+        (torch.tensor([[1e38, 0.0], [0.0, 2e-44]], dtype=single), torch.tensor([[0.0, 1.0]]), None, 1e-44),
+    ]  # fmt: skip
+    torch.set_flush_denormal(flush)
+    try:
+        for weight, rows, columns, norm in cases:
+            found = masked_norm(weight, rows, columns, p=p).item()
+            assert found >= norm  # and no NaN; in float32 it may be infinite
+        dead = masked_norm(torch.tensor([[1.0, 0.0]]), None, torch.tensor([[0.0, 1.0]]), p=p)
+        assert dead.item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_norms_kept_for_a_weight_see_changes_of_subnormal_ones():
+    weight = torch.full((4, 4), 1e-44)
+    other = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) * 1e-40
+    rows = torch.full((1, 4), 1e38)
+    exact = torch.linalg.matrix_norm(other.double() * 1e38, 2).item()
+    torch.set_flush_denormal(True)
+    try:
+        masked_norm(weight, rows)
+        weight.view(torch.int32).copy_(other.view(torch.int32))
+        assert masked_norm(weight, rows).item() >= exact * (1 - 1e-6)
+    finally:
+        torch.set_flush_denormal(False)

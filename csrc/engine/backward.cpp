@@ -77,9 +77,9 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
-    check_first_order(grads, "back-substitution");
     PrecisionGuard guard;
     const auto s = ctx->get_saved_variables();
+    check_first_order(grads, "back-substitution", s);
     const Tensor &x = s[0], &w = s[1];
     const auto pair = [&](const char* name) {
       const auto ints = ctx->saved_data[name].toIntVector();
@@ -476,8 +476,11 @@ Rows Walk::merge(int64_t i) {
   }
   if (context_.sound() && enabled(Term::BacksubOwn)) {
     // The additions just made err by at most gamma_{k-1} sum |part|; for two parts by u |sum|, which is one pass.
-    at::NoGradGuard no_grad;
-    const Tensor charge = size_of(i) * (context_.own_gamma(double(parts.size())) * (1 + 1e-6));
+    // The charge alone is without gradient: the constants collected so far keep theirs.
+    const Tensor charge = [&] {
+      at::NoGradGuard no_grad;
+      return size_of(i) * (context_.own_gamma(double(parts.size())) * (1 + 1e-6));
+    }();
     if (parts.size() == 2)
       constants(i, out, {}, charge);
     else

@@ -38,8 +38,8 @@ struct WalkFunction : torch::autograd::Function<WalkFunction> {
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads, "back-substitution");
     const auto saved = ctx->get_saved_variables();
+    check_first_order(grads, "back-substitution", saved);
     const auto capsule = ctx->saved_data["recipe"].toCapsule();
     const Recipe& recipe = static_cast<const Recipe&>(*capsule);
     at::AutoGradMode with_grad(true);

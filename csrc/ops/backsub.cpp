@@ -485,9 +485,9 @@ struct RelaxFunction : torch::autograd::Function<RelaxFunction> {
     return {out, sums};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads, "back-substitution");
     PYCERT_HANDLE("relax_rows_backward", relax_backward_on_device);
     const auto s = ctx->get_saved_variables();
+    check_first_order(grads, "back-substitution", s);
     const Tensor& sums = s[10];
     const auto shape = rows_shape(sums.size(1), window_of(ctx->saved_data["window"].toIntVector()),
                                   extent_of(ctx->saved_data["extent"].toIntVector()));
@@ -517,9 +517,9 @@ struct ConcretizeFunction : torch::autograd::Function<ConcretizeFunction> {
     return out;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads, "back-substitution");
     PYCERT_HANDLE("concretize_rows_backward", concretize_backward_on_device);
     const auto s = ctx->get_saved_variables();
+    check_first_order(grads, "back-substitution", s);
     auto [rows, first, second] =
         op.call(grads[0], s[0], s[1], optional_of(s[2]), ctx->saved_data["window"].toIntVector(),
                 ctx->saved_data["extent"].toIntVector(), s[3], s[4], ctx->saved_data["norm"].toInt(),

@@ -124,11 +124,16 @@ inline std::optional<at::Tensor> optional_of(const at::Tensor& t) {
   return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
 }
 
-// Raises when a gradient of the gradient is asked for, instead of giving a wrong one.
-inline void check_first_order(const std::vector<at::Tensor>& grads, const char* op) {
-  for (const at::Tensor& g : grads)
-    if (at::GradMode::is_enabled() && g.defined() && g.requires_grad())
-      C10_THROW_ERROR(NotImplementedError, std::string(op) + ": second derivatives are not supported");
+// Raises when a gradient of the gradient is asked for, by what comes in or by the `saved` values that this gradient is
+// a function of, instead of giving a wrong one.
+inline void check_first_order(const std::vector<at::Tensor>& grads, const char* op,
+                              const std::vector<at::Tensor>& saved = {}) {
+  if (!at::GradMode::is_enabled()) return;
+  for (const auto* tensors : {&grads, &saved})
+    for (const at::Tensor& t : *tensors)
+      if (t.defined() && t.requires_grad())
+        C10_THROW_ERROR(NotImplementedError,
+                        std::string(op) + ": second derivatives (create_graph=True) are not supported");
 }
 
 }  // namespace pycert

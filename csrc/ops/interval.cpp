@@ -676,9 +676,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     return {l, u};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads, "interval_linear");
     static const auto op = handle<decltype(linear_backward_on_device)>("pycert::interval_linear_backward");
     const auto saved = ctx->get_saved_variables();
+    check_first_order(grads, "interval_linear", saved);
     const auto [grad_lower, grad_upper] = before_relu(ctx, grads, saved[3], saved.back());
     const bool box = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
     auto [l, u, w, b] =
@@ -706,9 +706,9 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
     return {l, u};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads, "interval_conv2d");
     static const auto op = handle<decltype(conv2d_backward_on_device)>("pycert::interval_conv2d_backward");
     const auto saved = ctx->get_saved_variables();
+    check_first_order(grads, "interval_conv2d", saved);
     const auto [grad_lower, grad_upper] = before_relu(ctx, grads, saved[3], saved.back());
     const bool box = ctx->needs_input_grad(0) || ctx->needs_input_grad(1);
     const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
@@ -766,8 +766,8 @@ struct ScaleFunction : torch::autograd::Function<ScaleFunction> {
     return {l, u};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads, "interval_scale");
     const auto saved = ctx->get_saved_variables();
+    check_first_order(grads, "interval_scale", saved);
     const Tensor &lower = saved[0], &upper = saved[1], &scale = saved[2], &term = saved[3];
     const auto [before_lower, before_upper] = before_relu(ctx, grads, saved[4], saved.back());
     const int64_t channels = scale.defined() ? scale.numel() : term.numel();

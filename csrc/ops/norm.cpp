@@ -284,8 +284,8 @@ struct PowerFunction : torch::autograd::Function<PowerFunction> {
     return {sigma, u, rows, columns, scale};
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    check_first_order(grads, "masked_power");
     const auto saved = ctx->get_saved_variables();
+    check_first_order(grads, "masked_power", saved);
     const auto ints = [&](const char* name) { return ctx->saved_data[name].toIntVector(); };
     const ConvGeometry g =
         geometry_from(ints("stride"), ints("padding"), ints("dilation"), ctx->saved_data["transposed"].toBool(),

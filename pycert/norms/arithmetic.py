@@ -47,6 +47,21 @@ def exact_double(value: Tensor) -> Tensor:
     return wide
 
 
+def bits_of(value: Tensor) -> Tensor:
+    """Floating-point numbers as integers: subnormal ones differ even where the processor takes them for zeros."""
+    if value.dtype in (torch.float32, torch.float64):
+        return value.detach().view(torch.int32 if value.dtype == torch.float32 else torch.int64)
+    return value.detach()
+
+
+def is_nonzero(value: Tensor) -> Tensor:
+    """Whether elements are neither 0 nor -0."""
+    bits = bits_of(value)
+    if value.is_floating_point() and bits.dtype in (torch.int32, torch.int64):
+        return (bits & torch.iinfo(bits.dtype).max) != 0
+    return bits != 0
+
+
 def with_gradient(value: Tensor, plain: Tensor) -> Tensor:
     """``value``, a rounded form of ``plain``, with the gradient of ``plain``."""
     if not (torch.is_grad_enabled() and plain.requires_grad):

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from pycert._flags import refuse_emulation
-from pycert.norms.arithmetic import UP, exact_double, exponent_of, gamma, round_up, scaled_back, times_power
+from pycert.norms.arithmetic import (
+    UP,
+    bits_of,
+    exact_double,
+    exponent_of,
+    gamma,
+    is_nonzero,
+    round_up,
+    scaled_back,
+    times_power,
+)
 from pycert.norms.band import Band, largest_eigenvalue
 from pycert.norms.dense import Downdated, norm_bound
 from pycert.norms.frequency import frequency_bound
@@ -21,6 +31,9 @@ BUDGETS = {"normal": (3e9, 2e11), "high": (4e11, 2e12)}
 #: Of a bound over an estimate from below: where frequencies do better nothing more is spent. Without masks, and with
 #: channels dropped, which is done for every pattern of channels anew.
 _NEAR = (1.01, 1.05)
+#: More than underflow takes from a norm, and from one whose square is bounded, of weights and masks of at most about 1:
+#: 2^100 sums, of products below 2^-1022.
+_LOST, _LOST_SQUARES = 2.0**-900, 2.0**-450
 #: An operator with this many elements or fewer is written out as a matrix.
 _EXPLICIT = 2**21
 #: Patterns of live channels that are bounded each on its own; beyond, unions of several.
@@ -63,10 +76,11 @@ class Masks:
     operator: Operator
     rows: Tensor | None  # [B, *out], float64
     columns: Tensor | None  # [B, *in]
+    live_rows: Tensor | None  # bool: what was not zero before it was scaled
+    live_columns: Tensor | None
     exponent: Tensor  # [B]: results are in units of 2^exponent
     batch: int
     owner: Tensor  # the weight as it was given, for what is kept with it
-    inexact: bool  # products may have lost bits to underflow
 
 
 def _scaled(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,25 +95,26 @@ def prepare(operator: Operator, rows: Tensor | None, columns: Tensor | None) -> 
     scaled = operator.with_weight(times_power(weight, -power))
     batch = 1
     exponent = power.reshape(1)
+    live = [None if mask is None else is_nonzero(mask) for mask in (rows, columns)]
     if rows is not None:
         rows, extra = _scaled(rows)
         batch, exponent = rows.shape[0], exponent + extra
     if columns is not None:
         columns, extra = _scaled(columns)
         batch, exponent = columns.shape[0], exponent + extra
-    owner = operator.weight
-    return Masks(scaled, rows, columns, exponent.expand(batch), batch, owner, owner.dtype == torch.float64)
+    return Masks(scaled, rows, columns, *live, exponent.expand(batch), batch, operator.weight)
 
 
 def _touched(masks: Masks) -> Tensor:
     """Whether any weight that is not zero meets a live row and a live column; ``[B]``."""
     operator = masks.operator
-    pattern = operator.with_weight((operator.weight != 0).double())
-    columns = masks.columns
-    alive = operator.weight.new_ones(1, *operator.input_shape) if columns is None else (columns != 0).double()
+    pattern = operator.with_weight(is_nonzero(masks.owner).double())
+    alive = operator.weight.new_ones(1, *operator.input_shape)
+    if masks.live_columns is not None:
+        alive = masks.live_columns.double()
     reached = pattern.apply(alive)
-    if masks.rows is not None:
-        reached = reached * (masks.rows != 0)
+    if masks.live_rows is not None:
+        reached = reached * masks.live_rows
     return (reached.flatten(1) > 0.5).any(1).expand(masks.batch)
 
 
@@ -120,8 +135,8 @@ def upper_norm(
             value = _spectral(masks, effort)
         else:
             value = largest_sum(masks.operator, masks.rows, masks.columns, masks.batch, p)
-        if masks.inexact:
-            value = value + 2.0**-900  # weights and masks that underflowed as they were scaled
+        # What underflowed as weights and masks were scaled and multiplied, or squared.
+        value = value + (_LOST_SQUARES if p == 2 else _LOST)
         value = torch.where(_touched(masks), value, torch.zeros_like(value))
         value = scaled_back(value * UP, masks.exponent)
         value = torch.where(bad, torch.full_like(value, torch.nan), value)
@@ -135,7 +150,7 @@ def _spectral(masks: Masks, effort: str) -> Tensor:
         rows, columns = _dead_border(masks, operator), rows
     ones = largest_sum(operator, rows, columns, masks.batch, 1)
     infinite = largest_sum(operator, rows, columns, masks.batch, torch.inf)
-    best = (ones * infinite * UP).sqrt() * UP  # Schur: ||A||_2^2 <= ||A||_1 ||A||_inf
+    best = ones.sqrt() * infinite.sqrt() * UP  # Schur: ||A||_2^2 <= ||A||_1 ||A||_inf
     highest = torch.ones_like(best)
     for mask in (rows, columns):
         if mask is not None:
@@ -341,7 +356,9 @@ def _channel_bound(operator: Operator, pattern: Tensor, budget: float) -> Tensor
     )
     # Weights are rounded twice: by gamma_4 |W|, whose operator norm is at most sqrt(||.||_1 ||.||_inf) of |W|.
     again = Operator(scaled, geometry)
-    schur = (largest_sum(again, None, None, 1, 1) * largest_sum(again, None, None, 1, torch.inf)).sqrt()[0]
+    schur = (
+        largest_sum(again, None, None, 1, 1).sqrt() * largest_sum(again, None, None, 1, torch.inf).sqrt()
+    )[0]
     return (bound + gamma(4) * schur * UP) * UP
 
 
@@ -361,7 +378,7 @@ def cached(owner: Tensor, key: Any, compute: Any) -> Tensor:
         entry = (weakref.ref(owner, lambda _: _CACHE.pop(number, None)), {})
         _CACHE[number] = entry
     found = entry[1].get(key)
-    if found is not None and found[0].shape == owner.shape and torch.equal(found[0], owner.detach()):
+    if found is not None and found[0].shape == owner.shape and torch.equal(bits_of(found[0]), bits_of(owner)):
         return found[1]
     with torch.no_grad():
         value: Tensor = compute()

@@ -147,7 +147,7 @@ class Network:
             )
             norms = {n.attrs["module"] for n in graph.nodes if n.op == "batch_norm"}
             graph = dataclasses.replace(graph, batch_norms=graph.batch_norms[: len(norms)])
-            self.parts[node] = Engine._of_graph(self.module, graph)
+            self.parts[node] = self.engine._part(graph)
         return self.parts[node]
 
 

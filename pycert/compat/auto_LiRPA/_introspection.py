@@ -202,20 +202,81 @@ def _link(nodes: Nodes, graph: Graph) -> None:
         op = _operator(node, nodes)
         if op is not None:
             wanted[op].append(node)
+    tensors = graph.tensors()
     for op, members in wanted.items():
-        if len(members) == len(of_op[op]):
-            for node, number in zip(members, of_op[op]):
+        pairs = list(zip(members, of_op[op]))
+        if len(members) == len(of_op[op]) and all(
+            _agrees(node, graph.nodes[number], tensors) for node, number in pairs
+        ):
+            for node, number in pairs:
                 node.link = number
     for node in ordered:
         if node.link is None and node.kind.rpartition("::")[2] in _VIEWS:
             node.link = node.inputs[0].link
     nodes.by_name[nodes.output].link = graph.output
+    _unlink_strangers(ordered, graph)
     for node in ordered:
         if node.link is not None and node.output_shape is not None:
             if graph.numel(node.link) != node.output_shape[1:].numel():
                 node.link = None
         elif node.link is not None:
             node.output_shape = torch.Size((nodes.batch, *graph.nodes[node.link].shape))
+
+
+def _multiplied(node: Bound) -> Bound:
+    """The product before a bias that is added in a step of its own, else the node itself."""
+    before = [source for source in node.inputs if source.kind.endswith("::MatMul")]
+    return before[0] if node.kind.endswith("::Add") and before else node
+
+
+def _constants(node: Bound) -> list[Tensor]:
+    """Tensors that a node takes and that do not depend on the input, as far as they are known."""
+    found = []
+    for source in node.inputs:
+        values = (getattr(source, "param", None), getattr(source, "buffer", None), source.attr.get("value"))
+        if not source.from_input:
+            found += [value.detach() for value in values if isinstance(value, Tensor)]
+    return found
+
+
+def _agrees(node: Bound, item: Any, tensors: list[Tensor]) -> bool:
+    """Whether constants allow that a node is this one of pycert's graph: equal counts alone prove nothing."""
+    params = [tensors[i].detach() if i >= 0 else None for i in item.params]
+    if item.op in ("linear", "conv"):
+        weights = _constants(_multiplied(node))
+        weight = params[0]
+        if item.op == "linear":
+            biased = node is not _multiplied(node) or len(node.inputs) > 2
+            if biased != (params[1] is not None):
+                return False
+        same = [w.shape == weight.shape and torch.equal(w, weight) for w in weights]
+        same += [w.dim() == 2 and w.t().shape == weight.shape and torch.equal(w.t(), weight) for w in weights]
+        return any(same) or not weights
+    if item.op == "add_const":
+        sign = -1.0 if node.kind.endswith("::Sub") else 1.0
+        value = torch.as_tensor(item.attrs["value"]) if not params else params[0]
+        assert value is not None
+        wanted = item.attrs["sign"] * value.double().reshape(-1)
+        known = [sign * constant.double().reshape(-1) for constant in _constants(node)]
+        return any(constant.shape == wanted.shape and torch.equal(constant, wanted) for constant in known)
+    return True
+
+
+def _unlink_strangers(ordered: list[Bound], graph: Graph) -> None:
+    """Takes links away where the nodes that are read are linked, and not to those that pycert's node reads."""
+
+    def without_views(number: int) -> int:
+        while graph.nodes[number].op == "reshape":
+            number = graph.nodes[number].inputs[0]
+        return number
+
+    for node in ordered:
+        if node.link is None or node.is_final_node or node.kind.rpartition("::")[2] in _VIEWS:
+            continue
+        sources = [source.link for source in _multiplied(node).inputs if source.from_input]
+        read = {without_views(i) for i in graph.nodes[node.link].inputs}
+        if any(link is not None and without_views(link) not in read for link in sources):
+            node.link = None
 
 
 def _operator(node: Bound, nodes: Nodes) -> str | None:
@@ -231,6 +292,8 @@ def _operator(node: Bound, nodes: Nodes) -> str | None:
     if kind == "Add" and dependent == 1:
         before = next(source for source in node.inputs if source.from_input)
         return "linear" if before.kind.endswith("::MatMul") else "add_const"
+    if kind == "Sub" and dependent == 1 and node.inputs[0].from_input:
+        return "add_const"
     if kind in ("Add", "Sub"):
         return "add" if dependent == 2 else None
     return _SAME.get(kind)

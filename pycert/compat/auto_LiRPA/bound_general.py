@@ -83,6 +83,8 @@ class BoundedModule(nn.Module):
         self._question: Question | None = None
         self._intermediate: str | None = None
         self._ibp: tuple[Tensor | None, Tensor | None] | None = None
+        self._ibp_rows: Any = None  # C of that call
+        self._boxes_of: tuple[Any, ...] = ()  # weights and inputs that these belong to
         self._optimised = False
         self._boxes: dict[int, tuple[Tensor, Tensor]] = {}
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -331,7 +333,7 @@ class BoundedModule(nn.Module):
         return [] if self._nodes is None else [self._nodes.by_name[name] for name in self._nodes.inputs]
 
     def _forget(self) -> None:
-        self._inputs, self._question, self._intermediate = None, None, None
+        self._inputs, self._question, self._intermediate, self._ibp = None, None, None, None
         self._boxes, self._layers = {}, {}
 
     def _final(self, final_node_name: str | None) -> int | None:
@@ -391,7 +393,8 @@ class BoundedModule(nn.Module):
             IBP: intermediate bounds (or, with ``method=None``, all) by intervals.
             forward: with ``method=None``: linear functions propagated forward.
             bound_lower, bound_upper: which side; the other is None.
-            reuse_ibp: with ``IBP=True, method=None``: the last call's result.
+            reuse_ibp: with ``IBP=True, method=None``: the last call's result, where ``x`` is not given and ``C`` is
+                that call's.
             reuse_alpha: after ``CROWN-Optimized``, optimise slopes again where they would be taken over.
             return_A: also return a dictionary of the linear functions that ``needed_A_dict`` asks for.
             needed_A_dict: name of a node -> names of inputs.
@@ -419,7 +422,8 @@ class BoundedModule(nn.Module):
             raise ValueError("compute_bounds: at least one of bound_lower and bound_upper must be True")
         final = self._final(final_node_name)
         chosen = _engine.method_of(method, IBP, forward)
-        if chosen == "ibp" and method is None and reuse_ibp and final is None and self._ibp is not None:
+        plain_ibp = chosen == "ibp" and method is None and final is None
+        if plain_ibp and reuse_ibp and x is None and self._ibp is not None and self._ibp_rows is C:
             return self._ibp
         inputs = self._prepare_inputs(x, aux)
         chosen = self._after(chosen, reuse_alpha)
@@ -429,6 +433,8 @@ class BoundedModule(nn.Module):
         )  # fmt: skip
         if chosen == "alpha-crown" and not bound_upper and decision_thresh is not None:
             question.options["threshold"] = float(torch.as_tensor(decision_thresh).min())
+        if chosen == "ibp" and final is None:
+            self._ibp_rows = C
         with self._mode(self.training):
             return self._answer(inputs, question, return_A, needed_A_dict or {})
 
@@ -438,9 +444,8 @@ class BoundedModule(nn.Module):
             self._aux = aux
         if self._x is None:
             raise ValueError("compute_bounds: x is needed, since there was no call with inputs before")
-        if self._inputs is None:
-            outward = self._opts.values["soundness"] != "none"
-            self._inputs = self._network.inputs(self._x, self._aux, outward)
+        outward = self._opts.values["soundness"] != "none"
+        self._inputs = self._network.inputs(self._x, self._aux, outward)  # anew: eps may have been set since
         return self._inputs
 
     def _after(self, method: str, reuse_alpha: bool) -> str:
@@ -454,8 +459,10 @@ class BoundedModule(nn.Module):
         return method
 
     def _rows(self, C: Any, inputs: _engine.Inputs) -> Tensor | None:
-        if not isinstance(C, Tensor):  # None, or the identity in a form of auto_LiRPA's own
+        if C is None or type(C).__name__ == "eyeC":  # auto_LiRPA's own form of the identity
             return None
+        if not isinstance(C, Tensor):
+            raise TypeError(f"compute_bounds: C must be a tensor [B, S, outputs], got {type(C).__name__}")
         rows = C.detach().to(inputs.like).flatten(2)
         return rows.expand(inputs.batch, *rows.shape[1:])
 
@@ -657,6 +664,9 @@ class BoundedModule(nn.Module):
             return value, value
         if self._question is None or node.link is None:
             return None, None
+        state = self._state()
+        if state != self._boxes_of:  # boxes of one network and region do not go with others
+            self._boxes, self._layers, self._boxes_of = {}, {}, state
         if node.link not in self._boxes:
             inputs = self._prepare_inputs(None, None)
             if self._network.fused:
@@ -673,6 +683,15 @@ class BoundedModule(nn.Module):
             return lower, upper
         shape = (lower.shape[0], *node.output_shape[1:])
         return lower.reshape(shape), upper.reshape(shape)
+
+    def _state(self) -> tuple[Any, ...]:
+        """What tells whether weights, inputs and their perturbations are those of a moment ago."""
+        ptbs = [getattr(value, "ptb", None) for value in self._x or ()]
+        ends = [getattr(ptb, name, None) for ptb in ptbs for name in ("eps", "x_L", "x_U")]
+        values = [*self.parameters(), *self.buffers(), *(self._x or ()), *ends]
+        return tuple(
+            (id(v), 0 if v.is_inference() else v._version) if isinstance(v, Tensor) else v for v in values
+        )
 
     def save_intermediate(self, save_path: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Bounds of all nodes from the last call, as :meth:`compute_bounds` takes by ``interm_bounds``.

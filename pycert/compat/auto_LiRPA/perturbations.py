@@ -103,15 +103,21 @@ class PerturbationLpNorm(Perturbation):
     def concretizes(self) -> bool:  # type: ignore[override]
         return self.norm not in (1, 2, np.inf)
 
-    def _eps_of(self, x: Tensor) -> Any:
-        """``eps`` as pycert takes it (a float or ``[B]``), or of the input's shape."""
+    def _eps_of(self, x: Tensor, outward: bool = False) -> Any:
+        """``eps`` as pycert takes it (a float or ``[B]``), or of the input's shape; ``outward``: not rounded down."""
         eps = self.eps
         if not isinstance(eps, Tensor):
             return eps
-        eps = eps.to(x)
+        eps = _rounded(eps, x.dtype, 1).to(x.device) if outward else eps.to(x)
         if eps.numel() == 1:
             return eps.reshape(1)
-        if eps.shape[0] == x.shape[0] and eps.numel() == x.shape[0]:
+        per_sample = eps.shape[0] == x.shape[0] and eps.numel() == x.shape[0]
+        if per_sample and eps.dim() == 1 and x.dim() == 2 and x.shape[0] == x.shape[1]:
+            raise ValueError(
+                f"eps of shape {list(eps.shape)} is one value a sample or one an element of x {list(x.shape)}: "
+                "give it as [B, 1] or [1, n]"
+            )
+        if per_sample and eps.dim() in (1, x.dim()):
             return eps.reshape(-1)
         return eps.expand(x.shape)
 
@@ -126,16 +132,30 @@ class PerturbationLpNorm(Perturbation):
         upper = x + eps if self.x_U is None or self.norm != np.inf else self.x_U.to(x).expand(x.shape)
         return lower, upper
 
+    def _outward_box(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, every rounding outward; gradients are those of ``box``."""
+        with torch.no_grad():
+            eps = torch.as_tensor(self._eps_of(x.double()), dtype=torch.float64, device=x.device)
+            eps = eps.view(-1, *[1] * (x.dim() - 1)) if eps.dim() == 1 else eps
+        ends = []
+        for sign, given, end in zip((-1, 1), (self.x_L, self.x_U), self.box(x)):
+            with torch.no_grad():
+                if given is None:
+                    exact = x.double() + sign * eps
+                    exact = torch.nextafter(exact, torch.full_like(exact, sign * math.inf))
+                else:
+                    exact = given.to(x.device).double().expand(x.shape)
+                value = _rounded(exact, x.dtype, sign)
+            ends.append(value + (end - end.detach()))
+        return ends[0], ends[1]
+
     def region(self, x: Tensor, aux: Any = None, outward: bool = True) -> Region:
         """An :class:`pycert.LpBall` or :class:`pycert.Box`; ``x -+ eps`` is rounded outward if asked for."""
         x = plain(x)
-        eps = self._eps_of(x)
+        eps = self._eps_of(x, outward)
         per_element = isinstance(eps, Tensor) and eps.dim() > 1
         if self.norm == np.inf:
-            lower, upper = self.box(x)
-            if outward and (self.x_L is None or self.x_U is None):
-                lower, upper = _outward(lower, upper)
-            return Box(lower, upper)
+            return Box(*(self._outward_box(x) if outward else self.box(x)))
         if per_element:
             raise ValueError(
                 f"eps must be a number or have one value a sample ([{x.shape[0]}]) for norm {self.norm:g}, "
@@ -260,9 +280,12 @@ def _ends(lower: Tensor, upper: Tensor) -> LinearBound:
     return LinearBound(lower=lower, upper=upper)
 
 
-def _outward(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Both ends one number further out, without a change of gradients: ``x -+ eps`` has been rounded."""
+def _rounded(value: Tensor, dtype: torch.dtype, sign: int) -> Tensor:
+    """In another dtype, upward for ``sign`` 1 and downward for -1, with the gradient of the plain conversion."""
+    plain = value.to(dtype)
+    if not value.is_floating_point() or torch.finfo(dtype).eps <= torch.finfo(value.dtype).eps:
+        return plain
     with torch.no_grad():
-        down = torch.nextafter(lower, torch.full_like(lower, -math.inf)) - lower
-        up = torch.nextafter(upper, torch.full_like(upper, math.inf)) - upper
-    return lower + down, upper + up
+        beyond = torch.nextafter(plain, torch.full_like(plain, sign * math.inf))
+        found = torch.where(sign * plain.double() < sign * value.double(), beyond, plain)
+    return found + (plain - plain.detach())
