@@ -95,14 +95,16 @@ def prepare(operator: Operator, rows: Tensor | None, columns: Tensor | None) -> 
     scaled = operator.with_weight(times_power(weight, -power))
     batch = 1
     exponent = power.reshape(1)
-    live = [None if mask is None else is_nonzero(mask) for mask in (rows, columns)]
+    live_rows, live_columns = (None if mask is None else is_nonzero(mask) for mask in (rows, columns))
     if rows is not None:
         rows, extra = _scaled(rows)
         batch, exponent = rows.shape[0], exponent + extra
     if columns is not None:
         columns, extra = _scaled(columns)
         batch, exponent = columns.shape[0], exponent + extra
-    return Masks(scaled, rows, columns, *live, exponent.expand(batch), batch, operator.weight)
+    return Masks(
+        scaled, rows, columns, live_rows, live_columns, exponent.expand(batch), batch, operator.weight
+    )
 
 
 def _touched(masks: Masks) -> Tensor:

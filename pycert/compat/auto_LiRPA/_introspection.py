@@ -245,6 +245,7 @@ def _agrees(node: Bound, item: Any, tensors: list[Tensor]) -> bool:
     if item.op in ("linear", "conv"):
         weights = _constants(_multiplied(node))
         weight = params[0]
+        assert weight is not None
         if item.op == "linear":
             biased = node is not _multiplied(node) or len(node.inputs) > 2
             if biased != (params[1] is not None):
