@@ -598,6 +598,7 @@ def test_solver_needs_gurobi_or_solves(monkeypatch):
     assert module.solver_model.objVal >= crown[0][0, 0].item() - 1e-5
 
 
+@pytest.mark.slow
 def test_install_serves_unchanged_scripts(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

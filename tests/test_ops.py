@@ -285,7 +285,7 @@ def test_opcheck():
 
 def test_second_derivatives_raise():
     lower, upper, weight = leaves(*boxes(2, 3), draw(4, 3))
-    with pytest.raises(NotImplementedError, match="interval_linear: second derivatives are not supported"):
+    with pytest.raises(NotImplementedError, match="interval_linear: second derivatives"):
         torch.autograd.grad(
             interval_linear(lower, upper, weight)[0].square().sum(), weight, create_graph=True
         )
@@ -294,7 +294,7 @@ def test_second_derivatives_raise():
 def test_second_derivatives_behind_a_convolution_raise():
     net, x = torch.nn.Conv2d(2, 3, 3).double(), draw(1, 2, 5, 5)
     bounds = pycert.BoundedModule(net, x).bound(pycert.LpBall(x, 0.1), method="crown", soundness="none")
-    with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
+    with pytest.raises(NotImplementedError, match="second derivatives"):
         torch.autograd.grad(bounds.lower.square().sum(), net.weight, create_graph=True)
 
 

@@ -463,6 +463,7 @@ def test_second_derivatives_raise():
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_opcheck():
     lower, upper = smooth_boxes()
     weight = torch.rand(6, dtype=torch.float64, requires_grad=True)

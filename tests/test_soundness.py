@@ -59,7 +59,8 @@ def trial_ids():
     """Every network with every region; the seed walks through the weight scales."""
     for i, name in enumerate(nets.BUILDERS):
         for j, region in enumerate(nets.REGIONS):
-            yield name, region, (i + j) % 3
+            dear = name == "mlp_custom" and j > 1  # seconds each
+            yield pytest.param(name, region, (i + j) % 3, marks=[pytest.mark.slow] if dear else [])
 
 
 def check(name: str, region: str, seed: int) -> None:

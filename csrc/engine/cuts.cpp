@@ -165,7 +165,9 @@ Rows Walk::take_cuts_off(int64_t i, Rows rows) {
   if (context_.sound() && enabled(Term::BacksubOwn)) {
     t.value_size = size_of(value).contiguous();
     t.activation_size = size_of(i).contiguous();
-    t.of_sums = gamma(double(t.cuts.index.size(1)) + 16, at::kDouble) * (1 + 1e-6);
+    // All cuts of a sample may name one neuron, several times each.
+    const double terms = double(t.cuts.index[0].numel());
+    t.of_sums = gamma(terms + 16, at::kDouble) * (1 + 1e-6);
     t.of_rounding = context_.own_gamma(1) * (1 + 1e-6);
     underflow(i, 1);
     underflow(value, 1);
