@@ -64,7 +64,7 @@ class Waits(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("p", [0, 2])
+@pytest.mark.parametrize("p", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NETS)
 def test_crown_waits_once_a_layer_where_rows_are_many(name, p):
     """More than the memory that it may use, here: then it asks how many are unstable, and nothing else."""

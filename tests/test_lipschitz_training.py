@@ -381,7 +381,7 @@ def test_the_recipe_writes_as_it_goes_and_resumes(bound, tmp_path, monkeypatch):
 
 PUBLISHED = [
     ("mnist", "theta", (1, 28, 28)), ("cifar", "theta", (3, 32, 32)), ("cifar", "maxmin", (3, 32, 32)),
-    ("tiny", "theta", (3, 64, 64)), ("tiny", "maxmin", (3, 64, 64)),
+    *(pytest.param("tiny", kind, (3, 64, 64), marks=pytest.mark.slow) for kind in ("theta", "maxmin")),
 ]  # fmt: skip
 
 

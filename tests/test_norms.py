@@ -141,7 +141,7 @@ def test_dead_channels_are_dropped():
     assert (value <= 1.1 * exact).all() and (value <= everywhere).all()
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_third_of_the_channels_dead_at_random(number):
     layer, shape = [
         (nn.Conv2d(24, 32, 3, padding=1), (24, 14, 14)),

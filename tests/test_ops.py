@@ -240,6 +240,7 @@ def test_errors_say_what_must_hold():
 # ---- torch.library and torch.compile -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_opcheck():
     """Schemas, fake kernels and autograd registration, with gradients and without."""
     ops = torch.ops.pycert
