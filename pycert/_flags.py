@@ -40,13 +40,16 @@ def uncovered(device: str, dtype: torch.dtype, convolves: bool) -> tuple[str, ..
     return tuple(found)
 
 
-@contextlib.contextmanager
-def no_autocast() -> Iterator[None]:
+def no_autocast() -> contextlib.AbstractContextManager[None]:
     """Runs the network's own arithmetic in its own dtype, whatever autocast is on."""
-    with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return _autocast_off()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _autocast_off() -> Iterator[None]:
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 

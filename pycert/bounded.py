@@ -419,10 +419,12 @@ class BoundedModule(nn.Module):
 
     def _check_modules(self) -> None:
         """The trace reads the modules that it has met: bounds of a network without them would be another's."""
-        now = _modules_of(self.net)
-        if len(now) == len(self._traced) and all(a is b for a, b in zip(now, self._traced, strict=True)):
+        for module, children in self._traced:
+            if tuple(module._modules.values()) != children:
+                break
+        else:
             return
-        known = {id(module) for module in self._traced}
+        known = {id(module) for module, _ in self._traced}
         new = [path for path, module in self.net.named_modules() if id(module) not in known]
         what = f"'{new[0]}' is new" if new else "some are gone or have moved"
         raise RuntimeError(
@@ -566,15 +568,9 @@ class BoundedModule(nn.Module):
         return f"{len(self.graph.nodes)} operators"
 
 
-def _modules_of(net: nn.Module) -> list[nn.Module]:
-    """A network and all below it, each once."""
-    found, seen = [net], {id(net)}
-    for module in found:
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append(child)
-    return found
+def _modules_of(net: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module | None, ...]]]:
+    """A network and all below it, each once and with what stands right below it."""
+    return [(module, tuple(module._modules.values())) for module in net.modules()]
 
 
 def _check_device(device: torch.device) -> None:

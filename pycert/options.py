@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -101,6 +102,20 @@ def parse(
     Raises:
         ValueError: an unknown method, option or value.
     """
+    if all(type(value) in _PLAIN for value in given.values()):  # a loop gives the same ones again and again
+        return _parse_plain(method, also, without, **given)
+    return _parse(method, given, also, without)
+
+
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _parse_plain(method: str, also: tuple[str, ...], without: tuple[str, ...], /, **given: Any) -> Options:
+    return _parse(method, given, also, without)
+
+
+def _parse(method: str, given: dict[str, Any], also: tuple[str, ...], without: tuple[str, ...]) -> Options:
     _choose("method", method, METHODS)
     taken = [name for name in _NAMES if name not in without]
     unknown = [name for name in given if name not in taken]
