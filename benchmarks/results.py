@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -50,7 +51,9 @@ def versions(peers: list[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of this checkout, marked when it has changes, or ``unknown`` outside a checkout."""
+    """Commit of this checkout, marked when it has changes, or ``unknown`` outside a checkout or without git."""
+    if shutil.which("git") is None:
+        return "unknown"
     here = ["git", "-C", str(FOLDER.parent)]
     head = subprocess.run(
         [*here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False

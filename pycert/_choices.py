@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -21,7 +22,9 @@ PATH = pathlib.Path(__file__).with_name("gpu_choices.json")
 def save(card: str, entries: list[dict[str, Any]], path: pathlib.Path = PATH) -> None:
     """Write measured times: ``operator``, ``dtype``, ``shape`` (rows, terms, columns), seconds ``own``, ``other``."""
     text = json.dumps({"card": card, "torch": torch.__version__, "measured": entries}, indent=1)
-    path.write_text(text + "\n")
+    whole = path.with_suffix(".tmp")  # a process may be stopped while it writes, another may be reading
+    whole.write_text(text + "\n")
+    os.replace(whole, path)
 
 
 def ways(card: str, path: pathlib.Path = PATH) -> list[tuple[str, bool, tuple[int, ...], float, float]]:

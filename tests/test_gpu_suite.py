@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import sys
+import time
 
 import pytest
 import torch
@@ -32,9 +35,136 @@ def test_figures_reach_the_table():
     assert rows[1]["measured"] == gpu_suite.NOT_MEASURED
 
 
-def test_a_stage_that_runs_out_of_time_is_reported():
-    stage = gpu_suite.run_stage("sleep", ["sleep", "20"], 0.2)
-    assert stage["status"] == 124 and stage["seconds"] < 10
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_stage_that_runs_out_of_time_ends_with_all_it_started(tmp_path):
+    """A compiler or a sanitizer's target would hold the output open, and the card."""
+    command = ["sh", "-c", f"sh -c 'sleep 2; touch {tmp_path}/alive' & echo started; sleep 30"]
+    stage = gpu_suite.run_stage("sleep", command, 1, tmp_path / "log")
+    assert stage["status"] == 124 and stage["seconds"] < 2 and stage["output"] == ["started"]
+    time.sleep(2.5 - stage["seconds"])
+    assert not (tmp_path / "alive").exists()
+
+
+def test_stages_go_on_and_keep_what_they_found(tmp_path, monkeypatch, capsys):
+    """Failing, too slow, missing, not to be started: the others run, and all that was said is kept."""
+    name = next(iter(gpu_cases.FIGURES))
+    figures = tmp_path / "gpu_figures.jsonl"
+    lines = [
+        json.dumps({"about": {"device": {"name": "none"}}}),
+        json.dumps(gpu_cases.figure(name, 0.5, "x")),
+        '{"fig',
+    ]
+    noise = "print('noise\\n' * 100)"
+    planned = {
+        "build": [python(f"{noise}; print('error: number %d' % 7); {noise}")],
+        "check": [python(f"{noise}; print('error: number %d' % 7); {noise}; raise SystemExit(5)")],
+        "tests": [python("import time; print('first', flush=True); time.sleep(60)")],
+        "sanitizer": [],
+        "choices": [["/no/such/program"], python("print(1)")],
+        "benchmarks": [python(f"open({str(figures)!r}, 'w').write({chr(10).join(lines)!r})")],
+    }
+    monkeypatch.setattr(gpu_suite, "commands", lambda figures, peers: planned)
+    monkeypatch.setattr(gpu_suite, "STAGES", {**gpu_suite.STAGES, "tests": (1, False)})
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 1
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    statuses = [(stage["stage"], stage["status"]) for stage in written["stages"]]
+    expected = [("build", 0), ("check", 5), ("tests", 124), ("sanitizer", "missing"), ("choices", 127), ("choices", 0), ("benchmarks", 0)]  # fmt: skip
+    assert statuses == expected
+    assert written["table"][0]["measured"] == "0.50x" and written["about"]["device"] == {"name": "none"}
+    assert {"numpy", "ninja", "nvcc", "card"} <= set(written["about"]["machine"])
+    printed = capsys.readouterr().out
+    assert printed.count("error: number 7") == 1 and printed.count("noise") < 40
+    log = (tmp_path / "gpu.log").read_text()
+    assert log.count("error: number 7") == 2 and log.count("noise\n") == 400 and "first" in log
+
+
+def test_a_failed_build_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "commands", lambda *_: {"build": [["false"]], "check": [["true"]]})
+    stages = gpu_suite.run_stages(["build", "check"], 1.0, tmp_path, [])
+    assert [stage["status"] for stage in stages] == [1]
+
+
+def test_without_time_stages_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "commands", lambda *_: {"check": [["true"]]})
+    assert [stage["status"] for stage in gpu_suite.run_stages(["check"], 0.1, tmp_path, [])] == ["left out"]
+
+
+def test_commands_find_this_checkout_and_this_python(monkeypatch):
+    """Beside what the caller brings: packages in folders of its own, another architecture."""
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    found = gpu_suite.environment()
+    assert found["PYTHONPATH"] == f"{gpu_suite.ROOT}:/elsewhere" and found["TORCH_CUDA_ARCH_LIST"] == "8.6"
+    assert found["PATH"].startswith(f"{pathlib.Path(sys.executable).parent}:")
+    for said, wanted in (("9.0", "9.0"), ("12.1", "9.0+PTX"), ("FileNotFoundError", "9.0+PTX")):
+        monkeypatch.setattr(gpu_suite, "said_by", lambda _, said=said: said)
+        assert gpu_suite.architecture() == wanted
+
+
+def test_only_one_file_has_tests_for_a_gpu():
+    """The suite names it: pytest would stop at another file that it cannot import."""
+    marked = [
+        path.name for path in (gpu_suite.ROOT / "tests").glob("test_*.py") if "mark.cuda" in path.read_text()
+    ]
+    assert sorted(marked) == ["test_cuda.py", "test_gpu_suite.py"]
+    assert gpu_suite.test_command()[-1] == "tests/test_cuda.py"
+
+
+@pytest.fixture()
+def small_on_the_host(monkeypatch):
+    """Everything that is measured, small, on kernel bodies on the host; a call takes a millisecond."""
+    tiny, once = gpu_cases.nets.make, []
+
+    def seconds(call, budget=2.0):
+        once.append(call())
+        return 1e-3
+
+    monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_cases, "SHAPES", [(3, 5, 4)])
+    monkeypatch.setattr(gpu_cases, "WINDOWS", [(3, 4, 2, 3)])
+    sizes = {"linear": (2, 4), "convolution": (2, 2, 4), "bandwidth": (8,), "rows": (3, 4), "windows": (3, 4, 2, 3), "groups": (3,), "power": (2, 2, 4)}  # fmt: skip
+    assert set(sizes) == set(gpu_cases.SIZES)
+    monkeypatch.setattr(gpu_cases, "SIZES", sizes)
+    monkeypatch.setattr(gpu_cases, "seconds", seconds)
+    monkeypatch.setattr(gpu_cases.nets, "make", lambda name, batch: tiny("mlp_tiny", 2))
+    monkeypatch.setattr(pycert.profiling, "measured_roofs", lambda *_: pycert.profiling.Roofs(1e9, 1e9))
+    monkeypatch.setattr(gpu_cases, "about_device", lambda: {"name": "host"})
+    with host_kernels.replaced():
+        yield once
+
+
+def test_every_figure_can_be_measured(small_on_the_host, tmp_path):
+    path = tmp_path / "figures"
+    gpu_cases.measure(path, [])
+    found, about = gpu_suite.read_figures(path)
+    assert about["device"] == {"name": "host"}
+    assert [row for row in found if "failed" in row] == []
+    assert {row["figure"] for row in found} == set(gpu_cases.FIGURES)
+
+
+def test_what_a_peer_cannot_do_leaves_our_own_time():
+    def fails() -> float:
+        raise MemoryError("too much\nof it")
+
+    assert gpu_cases.against_peer("x", 0.5, lambda: 2.0)["text"] == "4.00x"
+    assert gpu_cases.against_peer("x", 0.5, None)["text"] == "0.5 s (no auto_LiRPA there)"
+    assert "MemoryError: too much" in gpu_cases.against_peer("x", 0.5, fails)["text"]
+
+
+def test_both_ways_of_every_product_are_timed_and_kept_one_by_one(small_on_the_host, tmp_path, monkeypatch):
+    monkeypatch.setattr(_choices, "load", lambda: None)
+    monkeypatch.setattr(_choices, "PATH", tmp_path / "choices.json")
+    kept, save = [], _choices.save
+    monkeypatch.setattr(_choices, "save", lambda card, found: (kept.append(len(found)), save("host", found, _choices.PATH)))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "host")
+    gpu_cases.choose()
+    assert kept == list(range(1, 9)) and len(_choices.ways("host", _choices.PATH)) == 8
+    assert {name for name, *_ in _choices.ways("host", _choices.PATH)} == {"product", "dual_product", "relax_product", "relax_convolution"}  # fmt: skip
+    own, other = small_on_the_host[-2:]
+    torch.testing.assert_close(own[1], other[1])  # sums of one pass and of two
 
 
 def test_stages_fit_ten_minutes_together():
