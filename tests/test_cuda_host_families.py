@@ -127,6 +127,17 @@ def test_the_largest_value_over_ball_and_box(count, dtype):
         torch.testing.assert_close(norm[2], radius[2].double().expand(3), rtol=1e-5, atol=0)
 
 
+def test_a_ball_through_the_corner_of_a_box():
+    """Coordinates that reach their ends exactly where the ball does: rounding must not move them in and out forever."""
+    lower = torch.full((1, 6), -0.3, dtype=torch.float64)
+    upper = torch.tensor([[0.3] * 5 + [3.0]], dtype=torch.float64)
+    radius = torch.tensor([0.7348469228349533], dtype=torch.float64)  # sqrt(6) 0.3
+    weight = torch.ones(1, 1, 6, dtype=torch.float64)
+    (value, _), (found, _) = on_both(lambda: OPS.ball_box_maximum(weight, lower, upper, radius))
+    compare((value,), (found,), 1e-14)
+    assert found.item() == pytest.approx(1.8, rel=1e-14)
+
+
 def test_training_through_ball_and_box():
     """The loss that trains by local Lipschitz bounds, with its gradient, on the host's run of all its kernels."""
     torch.manual_seed(0)

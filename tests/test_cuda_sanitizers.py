@@ -89,3 +89,22 @@ def test_a_missing_barrier_of_a_warp_is_a_race(tmp_path):
     )
     done = run(build(tmp_path, SANITIZERS["thread"], tmp_path, name=PROGRAMS[1]))
     assert done.returncode != 0 and "data race" in done.stderr
+
+
+#: tests/cpp/test_cuda_shim.cpp: a kernel, and what is said of it.
+WRONG = {
+    "shuffles apart": "lanes of a warp meet at different places",
+    "shuffle and barrier": "lanes of a warp meet at different places",
+    "barriers apart": "threads of a block meet at different places",
+    "after return": "deadlock",
+    "part of a warp": "a shuffle of part of a warp",
+}
+
+
+def test_what_a_gpu_would_not_run_is_refused(tmp_path):
+    """By the fibers, which run the kernels in every test."""
+    program = build(tmp_path, ["-UPYCERT_SHIM_THREADS"], name="test_cuda_shim")
+    for kernel, said in WRONG.items():
+        done = subprocess.run([program, kernel], capture_output=True, text=True)
+        assert done.returncode != 0 and said in done.stderr, kernel
+    assert subprocess.run([program, "right"], capture_output=True, text=True).stdout == "ran\n"

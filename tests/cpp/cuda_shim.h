@@ -4,7 +4,8 @@
 //   fibers (default)       one thread of the system; a CUDA thread runs until it waits. Quick.
 //   PYCERT_SHIM_THREADS    one std::thread each, so that a thread sanitizer sees a missing barrier as a race.
 //
-// A thread that waits for one that has returned, or for another kind of barrier, is a deadlock: fibers report it.
+// A thread that waits for one that has returned, or for another kind of barrier, is a deadlock: fibers report it. Both
+// report threads that meet at barriers or shuffles in different places of the code, which a GPU does not let meet.
 #pragma once
 
 #include <math.h>
@@ -43,15 +44,25 @@ struct Index {
 
 constexpr unsigned kWarp = 32;
 
-// What the lanes of a warp hand to each other; two sets, so that one barrier a shuffle is enough.
+// Where in the code a thread waits.
+struct Site {
+  const char* file;
+  int line;
+};
+inline bool operator!=(const Site& a, const Site& b) {
+  return a.line != b.line || (a.file != b.file && strcmp(a.file, b.file) != 0);
+}
+
+// What the lanes of a warp hand to each other; two sets, so that one barrier a meeting is enough.
 struct Warp {
   alignas(16) unsigned char slots[2][kWarp][16];
+  Site sites[2][kWarp];
 };
 
 struct Thread {
   Index thread, block, block_size, grid_size;
   Warp* warp = nullptr;
-  unsigned lane = 0, shuffles = 0;
+  unsigned lane = 0, meetings = 0, barriers = 0;
 };
 
 inline Thread*& self() {
@@ -89,7 +100,7 @@ inline cudaError_t launch(unsigned blocks, unsigned threads, cudaStream_t, const
   std::vector<std::thread> running;
   for (unsigned t = 0; t < threads; ++t)
     running.emplace_back([&, t] {
-      Thread me{{t}, {0}, {threads}, {blocks}, &warps[t / kWarp], t % kWarp, 0};
+      Thread me{{t}, {0}, {threads}, {blocks}, &warps[t / kWarp], t % kWarp};
       self() = &me;
       for (unsigned b = 0; b < blocks; ++b) {
         me.block.x = b;
@@ -199,7 +210,7 @@ inline cudaError_t launch(unsigned blocks, unsigned threads, cudaStream_t, const
   s.warps.resize((threads + kWarp - 1) / kWarp);
   for (unsigned b = 0; b < blocks; ++b) {
     for (unsigned t = 0; t < threads; ++t)
-      s.fibers[t]->thread = {{t}, {b}, {threads}, {blocks}, &s.warps[t / kWarp], t % kWarp, 0};
+      s.fibers[t]->thread = {{t}, {b}, {threads}, {blocks}, &s.warps[t / kWarp], t % kWarp};
     run_block(s, threads);
   }
   s.busy = false;
@@ -208,14 +219,33 @@ inline cudaError_t launch(unsigned blocks, unsigned threads, cudaStream_t, const
 
 #endif
 
+// All lanes of the warp, at one place of the code; the set that they filled.
+inline unsigned meet(const Site& site) {
+  Thread& me = *self();
+  const unsigned set = me.meetings++ % 2;
+  me.warp->sites[set][me.lane] = site;
+  wait_for_warp();
+  if (me.warp->sites[set][0] != site) fail("lanes of a warp meet at different places of the code");
+  return set;
+}
+
+// All threads of the block, at one place of the code.
+inline void meet_block(const Site& site) {
+  static Site of_first[2];  // as for warps
+  Thread& me = *self();
+  const unsigned set = me.barriers++ % 2;
+  if (me.thread.x == 0) of_first[set] = site;
+  wait_for_block();
+  if (of_first[set] != site) fail("threads of a block meet at different places of the code");
+}
+
 template <typename T>
-T exchange(T value, unsigned from) {
+T exchange(T value, unsigned from, const Site& site) {
   static_assert(sizeof(T) <= 16, "a shuffle moves at most 16 bytes");
   Thread& me = *self();
-  auto& slots = me.warp->slots[me.shuffles++ % 2];
-  memcpy(slots[me.lane], &value, sizeof(T));
-  wait_for_warp();
-  memcpy(&value, slots[from], sizeof(T));
+  memcpy(me.warp->slots[me.meetings % 2][me.lane], &value, sizeof(T));
+  const unsigned set = meet(site);
+  memcpy(&value, me.warp->slots[set][from], sizeof(T));
   return value;
 }
 
@@ -226,18 +256,20 @@ T exchange(T value, unsigned from) {
 #define blockDim (pycert::shim::self()->block_size)
 #define gridDim (pycert::shim::self()->grid_size)
 
-inline void __syncthreads() { pycert::shim::wait_for_block(); }
-inline void __syncwarp() { pycert::shim::wait_for_warp(); }
+#define PYCERT_SHIM_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(PYCERT_SHIM_SITE) { pycert::shim::meet_block({file, line}); }
+inline void __syncwarp(PYCERT_SHIM_SITE) { pycert::shim::meet({file, line}); }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int lane) {
+T __shfl_sync(unsigned mask, T value, int lane, PYCERT_SHIM_SITE) {
   if (mask != 0xffffffffu) pycert::shim::fail("a shuffle of part of a warp");
-  return pycert::shim::exchange(value, unsigned(lane) % pycert::shim::kWarp);
+  return pycert::shim::exchange(value, unsigned(lane) % pycert::shim::kWarp, {file, line});
 }
 
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned offset) {
+T __shfl_down_sync(unsigned mask, T value, unsigned offset, PYCERT_SHIM_SITE) {
   if (mask != 0xffffffffu) pycert::shim::fail("a shuffle of part of a warp");
   const unsigned lane = pycert::shim::self()->lane, from = lane + offset;
-  return pycert::shim::exchange(value, from < pycert::shim::kWarp ? from : lane);
+  return pycert::shim::exchange(value, from < pycert::shim::kWarp ? from : lane, {file, line});
 }
