@@ -206,10 +206,10 @@ def table(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_figures(path: pathlib.Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Figures written so far, and about the card; a last line that was cut off is left out."""
+def read_figures(path: pathlib.Path, about: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Figures written so far, and ``about`` with the card; a last line that was cut off is left out."""
     measured: list[dict[str, Any]] = []
-    about: dict[str, Any] = {}
+    about = dict(about)
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
@@ -270,8 +270,8 @@ def run_stages(
                 stages.append(not_run(name, "left out", "no time was left"))
             else:
                 stages.append(run_stage(name, command, min(limit, left), log))
-            measured, of_card = read_figures(figures)
-            save(stages, measured, about | of_card, folder)
+            save(stages, *read_figures(figures, about), folder)
+        save(stages, *read_figures(figures, about), folder)
         if essential and stages[-1]["status"] != 0:
             break
     figures.unlink(missing_ok=True)  # all of it stands in gpu.json

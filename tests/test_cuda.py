@@ -1,15 +1,20 @@
 """On a GPU (`pytest -m cuda`): every operator and method against the processor, sampled soundness, streams, graphs,
-determinism, running out of memory."""
+determinism, running out of memory.
+
+With PYCERT_TEST_ON_HOST=1 most of it runs on the processor, the kernels' bodies in place of its own: for the tests' sake.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import host_kernels
 import pycert
@@ -20,25 +25,39 @@ from test_krelu import as_dtype
 
 OPS = torch.ops.pycert
 DTYPES = [torch.float32, torch.float64]
+ON_HOST = os.environ.get("PYCERT_TEST_ON_HOST") == "1"
+DEVICE = "cpu" if ON_HOST else "cuda"
 WHY_NOT = (
-    "pycert is built without CUDA"
+    ""
+    if ON_HOST or os.environ.get("PYCERT_CUDA") == "1"  # asked for: then without a GPU all fail
+    else "pycert is built without CUDA"
     if not _C.has_cuda()
     else "torch sees no GPU"
     if not torch.cuda.is_available()
     else ""
 )
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+needs_a_card = pytest.mark.skipif(ON_HOST, reason="streams, graphs and memory are the card's")
+
+
+@pytest.fixture(autouse=True)
+def _bodies_on_the_host():
+    with host_kernels.replaced() if ON_HOST else contextlib.nullcontext():
+        yield
 
 
 def moved(value):
     if isinstance(value, Tensor):
-        return value.cuda()
+        return value.to(DEVICE)
     return value
 
 
 def on_both(op, *arguments):
     """Results of an operator on the processor and, brought back, on the GPU."""
-    expected, found = op(*arguments), op(*[moved(a) for a in arguments])
+    _C.testing_replace_kernels(0, 0)
+    expected = op(*arguments)
+    with host_kernels.replaced() if ON_HOST else contextlib.nullcontext():
+        found = op(*[moved(a) for a in arguments])
     if isinstance(expected, Tensor):
         expected, found = (expected,), (found,)
     return expected, tuple(None if t is None else t.cpu() for t in found)
@@ -61,7 +80,7 @@ def compare(expected, found, tolerance: float, scale: float = 1.0) -> None:
 )
 def test_products(batch, inputs, outputs, dtype):
     weight, mid, radius = draw(outputs, inputs, dtype=dtype), draw(batch, inputs, seed=3, dtype=dtype), draw(batch, inputs, seed=4, dtype=dtype).abs()  # fmt: skip
-    centre, spread = OPS.dual_product(weight.cuda(), mid.cuda(), radius.cuda())
+    centre, spread = OPS.dual_product(weight.to(DEVICE), mid.to(DEVICE), radius.to(DEVICE))
     compare(
         (mid.double() @ weight.double().t(),),
         (centre.cpu().double(),),
@@ -70,7 +89,7 @@ def test_products(batch, inputs, outputs, dtype):
     )
     exact = radius.double() @ weight.double().abs().t()
     compare((exact,), (spread.cpu().double(),), rounding(dtype, inputs), float(inputs))
-    product = OPS.rows_product(mid.cuda(), weight.t().contiguous().cuda(), None, None, None)
+    product = OPS.rows_product(mid.to(DEVICE), weight.t().contiguous().to(DEVICE), None, None, None)
     compare(
         (mid.double() @ weight.double().t(),),
         (product.cpu().double(),),
@@ -113,12 +132,14 @@ def test_elementwise_operators_agree_bit_for_bit(dtype):
 def test_lines_of_every_activation_hold(kind, dtype):
     """Elementary functions differ in their last bits between devices; the lines of each hold by themselves."""
     lower, upper = boxes(4096, dtype=dtype)
-    if kind in (18, 19):  # log, sqrt
+    if kind in (18, 19, 20):  # log, sqrt, reciprocal
         lower, upper = lower.abs() + 0.01, lower.abs() + upper.abs() + 0.02
     parameter = torch.full((1,), 0.2, dtype=dtype) if kind == 2 else None
     a, b = (-0.5, 0.5) if kind == 3 else (1.0, 20.0)
     at_both = on_both(OPS.activation_lines, lower, upper, kind, parameter, a, b, 0, True)
-    points = lower + (upper - lower) * torch.linspace(0, 1, 33, dtype=dtype).unsqueeze(1)
+    points = (lower + (upper - lower) * torch.linspace(0, 1, 33, dtype=dtype).unsqueeze(1)).clamp(
+        lower, upper
+    )
     with torch.no_grad():
         box = OPS.activation_interval(points.double(), points.double(), kind, None if parameter is None else parameter.double(), a, b, False)  # fmt: skip
     value = (box[0] + box[1]) / 2
@@ -166,15 +187,15 @@ def bounded(name: str, dtype: torch.dtype, device: str):
 @pytest.mark.parametrize("name", NETS)
 def test_methods_match_and_hold(name, method, p, dtype):
     bm, x = bounded(name, dtype, "cpu")
-    gm, _ = bounded(name, dtype, "cuda")
+    gm, _ = bounded(name, dtype, DEVICE)
     options = {"iterations": 3} if method == "alpha-crown" else {}
     with torch.no_grad():
         expected = tuple(bm.bound(pycert.LpBall(x, eps=0.05, p=p), method=method, **options))
-        found = tuple(gm.bound(pycert.LpBall(x.cuda(), eps=0.05, p=p), method=method, **options))
+        found = tuple(gm.bound(pycert.LpBall(x.to(DEVICE), eps=0.05, p=p), method=method, **options))
         compare(expected, tuple(t.cpu() for t in found), 5e-4 if dtype == torch.float32 else 1e-8)
-        noise = 2 * torch.rand(500, *x.shape, dtype=dtype, device="cuda") - 1
+        noise = 2 * torch.rand(500, *x.shape, dtype=dtype, device=DEVICE) - 1
         size = noise.flatten(2).norm(p=p, dim=2).clamp_min(1e-9).view(500, -1, *[1] * (x.dim() - 1))
-        outputs = gm((x.cuda() + 0.0499 * noise / size).flatten(0, 1)).view(500, x.shape[0], -1)
+        outputs = gm((x.to(DEVICE) + 0.0499 * noise / size).flatten(0, 1)).view(500, x.shape[0], -1)
     violations = int((found[0] > outputs).sum() + (outputs > found[1]).sum())
     assert violations == 0
 
@@ -183,7 +204,7 @@ def test_methods_match_and_hold(name, method, p, dtype):
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_match(name, method):
     found = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         bm, x = bounded(name, torch.float64, device)
         leaf = x.clone().requires_grad_()
         bounds = bm.bound(pycert.LpBall(leaf, eps=0.05), method=method)
@@ -194,7 +215,7 @@ def test_gradients_match(name, method):
 
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp", "crown"])
 def test_the_same_bits_twice(method):
-    bm, x = bounded("conv", torch.float32, "cuda")
+    bm, x = bounded("conv", torch.float32, DEVICE)
     found = []
     for _ in range(2):
         leaf = x.clone().requires_grad_()
@@ -204,8 +225,9 @@ def test_the_same_bits_twice(method):
     compare(*found, 0)
 
 
+@needs_a_card
 def test_work_goes_to_the_current_stream():
-    bm, x = bounded("dense", torch.float32, "cuda")
+    bm, x = bounded("dense", torch.float32, DEVICE)
     region = pycert.LpBall(x, eps=0.05)
     expected = bm.bound(region, method="crown-ibp").lower
     stream = torch.cuda.Stream()
@@ -218,10 +240,11 @@ def test_work_goes_to_the_current_stream():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@needs_a_card
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
 def test_a_training_step_is_captured_in_a_graph(method):
     """Bounds and gradients of the weights, replayed on other values."""
-    bm, x = bounded("conv", torch.float32, "cuda")
+    bm, x = bounded("conv", torch.float32, DEVICE)
     lower, upper = (x - 0.05).clone(), (x + 0.05).clone()
     native = bm._native(method, pycert.options.parse(method, {"memory": "1GiB"}, ()), True, x.device)
     weights = list(bm.parameters())
@@ -246,9 +269,10 @@ def test_a_training_step_is_captured_in_a_graph(method):
     compare(step(), captured, 1e-5)
 
 
+@needs_a_card
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp", "forward", "crown"])
 def test_methods_without_waiting_are_captured_in_a_graph(method):
-    bm, x = bounded("conv", torch.float32, "cuda")
+    bm, x = bounded("conv", torch.float32, DEVICE)
     lower, upper = (x - 0.05).clone(), (x + 0.05).clone()
     native = bm._native(method, pycert.options.parse(method, {"memory": "1GiB"}, ()), False, x.device)
     parameters = [t.detach() for t in bm.graph.tensors()]
@@ -272,17 +296,32 @@ def test_methods_without_waiting_are_captured_in_a_graph(method):
     compare(expected[:2], captured[:2], 1e-6)
 
 
+@needs_a_card
 def test_running_out_of_memory_halves_the_chunks():
-    bm, x = bounded("conv", torch.float32, "cuda")
-    region = pycert.LpBall(x, eps=0.05)
+    """With half the memory that all rows at once take."""
+    torch.manual_seed(0)
+    wide = [layer for _ in range(2) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
+    net = nn.Sequential(nn.Linear(16, 2048), nn.ReLU(), *wide, nn.Linear(2048, 3)).to(DEVICE)
+    bm, region = (
+        pycert.BoundedModule(net, torch.empty(1, 16)),
+        pycert.LpBall(torch.rand(4, 16).to(DEVICE), eps=0.1),
+    )
     with torch.no_grad():
-        expected = bm.bound(region, method="crown").lower
-        free, total = torch.cuda.mem_get_info()
+        bm.bound(region, method="crown")
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        fixed = torch.cuda.memory_reserved()
+        expected = bm.bound(region, method="crown", memory="64GiB").lower
+        most = torch.cuda.max_memory_reserved()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_stats()["num_ooms"]
+        total = torch.cuda.get_device_properties(0).total_memory
         try:
-            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**22) / total)
+            torch.cuda.set_per_process_memory_fraction((fixed + (most - fixed) / 2) / total)
             found = bm.bound(region, method="crown", memory="64GiB").lower
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.memory_stats()["num_ooms"] > before
     compare((expected,), (found,), 1e-5)
 
 
@@ -307,9 +346,11 @@ def test_no_row_of_a_hull_is_violated(k, count, dtype):
     """In exact arithmetic, over all families of tests/hulls.py."""
     rng = np.random.default_rng(k)
     chosen = [as_dtype(limits(rng, FAMILIES[i % len(FAMILIES)], k), dtype) for i in range(count)]
-    lower, upper = (torch.tensor(np.stack(t), dtype=dtype, device="cuda") for t in zip(*map(box_of, chosen), strict=True))  # fmt: skip
-    A = -pycert.ops.octahedral_directions(k, dtype).cuda().expand(count, -1, -1)
-    rows, number = pycert.ops.krelu_hull(lower, upper, A, torch.tensor(np.stack(chosen), dtype=dtype).cuda())
+    lower, upper = (torch.tensor(np.stack(t), dtype=dtype, device=DEVICE) for t in zip(*map(box_of, chosen), strict=True))  # fmt: skip
+    A = -pycert.ops.octahedral_directions(k, dtype).to(DEVICE).expand(count, -1, -1)
+    rows, number = pycert.ops.krelu_hull(
+        lower, upper, A, torch.tensor(np.stack(chosen), dtype=dtype).to(DEVICE)
+    )
     for limit, mine, n in zip(chosen, rows.cpu().double().numpy(), number.tolist(), strict=True):
         assert ExactHull(limit).violated(mine[:n]) == 0
 
@@ -332,27 +373,37 @@ def test_one_pass_through_a_convolution(window, dtype, end):
     if end is not None:
         lower, upper = boxes(2, 120, dtype=dtype)
         ends = (lower, upper if end == 0 else torch.tensor([0.5, 0.0], dtype=dtype), end)
-    arguments = (data, pick, negative, sample, position, layout, EXTENT, *line, weight, [1, 1], [1, 1], [1, 1], 1, to, after, *ends)  # fmt: skip
-    with host_kernels.replaced():
-        expected = OPS.relax_convolution(*arguments)
-    found = OPS.relax_convolution(*[moved(a) for a in arguments])
-    compare(expected, tuple(t.cpu() for t in found), 1e-4 if dtype == torch.float32 else 1e-11, 90.0)
+    rows = (data, pick, negative, sample, position, layout, EXTENT, *line)
+    relaxed, sums = OPS.relax_rows(*rows)
+    images = relaxed.view(-1, EXTENT[0], *(EXTENT[1:] if layout[0] else layout[1:3])).double()
+    through = nn.functional.conv_transpose2d(images, weight.double(), padding=1 if layout[0] else 0).to(dtype)
+    arguments = (*rows, weight, [1, 1], [1, 1], [1, 1], 1, to, after, *ends)
+    found, of_rows = (t.cpu() for t in OPS.relax_convolution(*[moved(a) for a in arguments]))
+    tolerance, kept = 1e-4 if dtype == torch.float32 else 1e-11, (None, 2**62, sample, position, to)
+    compare((sums,), (of_rows,), tolerance, 90.0)
+    if end is None:  # what lies outside the image has no meaning
+        compare(*[(OPS.relayout_rows(t, *kept, to, after),) for t in (through, found)], tolerance, 90.0)
+    else:
+        compare((OPS.concretize_rows(through, *kept, after, *ends),), (found,), tolerance, 90.0)
 
 
+@needs_a_card
 def test_the_check_before_the_first_use_passes():
     _cuda_check.run(torch.device("cuda"))
 
 
+@needs_a_card
 def test_tensors_on_two_devices_are_refused():
-    bm, x = bounded("dense", torch.float32, "cuda")
+    bm, x = bounded("dense", torch.float32, DEVICE)
     with pytest.raises(ValueError, match="is on cuda.*the region on cpu"):
         bm.bound(pycert.LpBall(x.cpu(), eps=0.05), method="ibp")
     with pytest.raises(ValueError, match="same device"):
         pycert.ops.interval_linear(x, x, torch.ones(3, 8), None)
 
 
+@needs_a_card
 def test_profile_on_a_gpu():
-    bm, x = bounded("conv", torch.float32, "cuda")
+    bm, x = bounded("conv", torch.float32, DEVICE)
     with pycert.profile("cuda") as p:
         bm.bound(pycert.LpBall(x, eps=0.05), method="crown")
     assert {"relax", "concretize"} <= {entry.kernel for entry in p.entries}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -88,8 +89,10 @@ def test_a_failed_build_ends_the_run(tmp_path, monkeypatch):
 
 
 def test_without_time_stages_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "commands", lambda *_: {"check": [["true"]]})
-    assert [stage["status"] for stage in gpu_suite.run_stages(["check"], 0.1, tmp_path, [])] == ["left out"]
+    monkeypatch.setattr(gpu_suite, "commands", lambda *_: {"check": [["true"]], "sanitizer": []})
+    gpu_suite.run_stages(["check", "sanitizer"], 0.1, tmp_path, [])
+    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert [stage["status"] for stage in stages] == ["left out", "missing"]
 
 
 def test_commands_find_this_checkout_and_this_python(monkeypatch):
@@ -139,7 +142,7 @@ def small_on_the_host(monkeypatch):
 def test_every_figure_can_be_measured(small_on_the_host, tmp_path):
     path = tmp_path / "figures"
     gpu_cases.measure(path, [])
-    found, about = gpu_suite.read_figures(path)
+    found, about = gpu_suite.read_figures(path, {})
     assert about["device"] == {"name": "host"}
     assert [row for row in found if "failed" in row] == []
     assert {row["figure"] for row in found} == set(gpu_cases.FIGURES)
@@ -172,6 +175,15 @@ def test_stages_fit_ten_minutes_together():
     limits = {name: limit for name, (limit, _) in gpu_suite.STAGES.items()}
     assert max(limits.values()) < 9.5 * 60
     assert gpu_suite.STAGES["build"][1], "without a build the rest is meaningless"
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_run_on_the_host():
+    """Their arguments, shapes and judgements, on the kernels' bodies; all but what only a card has."""
+    command = [*gpu_suite.test_command(), "-k", "not methods_match"]
+    environment = {**gpu_suite.environment(), "PYCERT_TEST_ON_HOST": "1"}
+    done = subprocess.run(command, cwd=gpu_suite.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.slow
