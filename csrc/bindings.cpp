@@ -15,6 +15,7 @@
 #include "cpu/kernels.h"
 #include "engine/context.h"
 #include "ops/choices.h"
+#include "ops/common.h"
 #include "ops/device.h"
 #include "ops/krelu.h"
 #include "ops/record.h"
@@ -368,6 +369,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   });
   m.def("untested_cuda_kernels", &untested_cuda_kernels, "CUDA kernels whose authors never ran them on a GPU");
+  m.def("testing_within_cuda_guard", [](const py::function& call) {
+    const CudaPrecisionGuard guard(/*on_cuda=*/true);
+    call();
+  });
   m.def("set_cuda_check", [](py::function check) {
     set_cuda_check([check = std::move(check)] {
       const py::gil_scoped_acquire held;

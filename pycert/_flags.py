@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -19,6 +20,14 @@ def nnpack_enabled() -> bool:
     )
 
 
+def tf32_allowed(settings: Any) -> bool:
+    """Of ``torch.backends.cuda.matmul`` or ``torch.backends.cudnn``: by the setting of the operator where torch has it,
+    since reading the older one throws when both were used."""
+    of_operator = settings if settings is torch.backends.cuda.matmul else getattr(settings, "conv", None)
+    precision = getattr(of_operator, "fp32_precision", None)
+    return bool(settings.allow_tf32) if precision is None else precision == "tf32"
+
+
 def uncovered(device: str, dtype: torch.dtype, convolves: bool) -> tuple[str, ...]:
     """One phrase for every kind of execution that is allowed and not covered."""
     if dtype != torch.float32:
@@ -29,9 +38,9 @@ def uncovered(device: str, dtype: torch.dtype, convolves: bool) -> tuple[str, ..
             precision = getattr(getattr(torch.backends.mkldnn, name, None), "fp32_precision", "none")
             if precision not in ("none", "ieee"):
                 found.append(f"float32 {products} of precision {precision!r}")
-    elif torch.backends.cuda.matmul.allow_tf32:
+    elif tf32_allowed(torch.backends.cuda.matmul):
         found.append("TF32 matrix products")
-    if device == "cuda" and convolves and torch.backends.cudnn.allow_tf32:
+    if device == "cuda" and convolves and tf32_allowed(torch.backends.cudnn):
         found.append("TF32 convolutions")
     if device == "cuda" and convolves and torch.backends.cudnn.enabled:
         found.append("cuDNN convolutions (Winograd, FFT)")
@@ -59,8 +68,14 @@ def plain_convolutions(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(enabled=False):
+    kept = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = (
+        False  # its `flags` would also read and set TF32, of which torch has two settings
+    )
+    try:
         yield
+    finally:
+        torch.backends.cudnn.enabled = kept
 
 
 def refuse_emulation(device: torch.device) -> None:

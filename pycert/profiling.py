@@ -314,12 +314,13 @@ def measured_roofs(device: str, dtype: torch.dtype, threads: int) -> Roofs:
 def _exact_products() -> Iterator[None]:
     """No TF32: the roof of float32 products that bounds may use."""
     flags = torch.backends.cuda.matmul
-    previous = flags.allow_tf32
-    flags.allow_tf32 = False
+    name, exact = ("fp32_precision", "ieee") if hasattr(flags, "fp32_precision") else ("allow_tf32", False)
+    previous = getattr(flags, name)
+    setattr(flags, name, exact)
     try:
         yield
     finally:
-        flags.allow_tf32 = previous
+        setattr(flags, name, previous)
 
 
 def _best_seconds(call: Any, device: str, repeat: int = 5) -> float:

@@ -10,6 +10,7 @@
 #include <torch/version.h>
 
 #include <array>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,31 +25,79 @@ namespace pycert {
 // of the network in its own floating point.
 enum class Soundness : int64_t { None = 0, Real = 1, Deployed = 2 };
 
+// torch's settings of the process for cuBLAS and cuDNN, changed when the first guard comes and put back when the last
+// one goes: guards of several threads overlap, and one that goes must not bring TF32 back into another's products.
+class CudaSettings {
+ public:
+  static CudaSettings& shared() {
+    static CudaSettings settings;
+    return settings;
+  }
+  void enter() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (guards_++ > 0) return;
+    auto& context = at::globalContext();
+    varying_ = !context.deterministicCuDNN();
+    if (varying_) context.setDeterministicCuDNN(true);
+#if PYCERT_PRECISION_PER_OPERATOR
+    // not by allowTF32CuBLAS, which throws where TF32 was asked for by the settings of single operators
+    for (size_t i = 0; i < kOperators.size(); ++i) {
+      saved_[i] = context.float32Precision(at::Float32Backend::CUDA, kOperators[i]);
+      if (saved_[i] == at::Float32Precision::TF32)
+        context.setFloat32Precision(at::Float32Backend::CUDA, kOperators[i], at::Float32Precision::IEEE);
+    }
+#else
+    saved_ = {context.allowTF32CuBLAS(), context.allowTF32CuDNN()};
+    if (saved_[0]) context.setAllowTF32CuBLAS(false);
+    if (saved_[1]) context.setAllowTF32CuDNN(false);
+#endif
+  }
+  void leave() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (--guards_ > 0) return;
+    auto& context = at::globalContext();
+    if (varying_) context.setDeterministicCuDNN(false);
+#if PYCERT_PRECISION_PER_OPERATOR
+    for (size_t i = 0; i < kOperators.size(); ++i)
+      if (saved_[i] == at::Float32Precision::TF32)
+        context.setFloat32Precision(at::Float32Backend::CUDA, kOperators[i], saved_[i]);
+#else
+    if (saved_[0]) context.setAllowTF32CuBLAS(true);
+    if (saved_[1]) context.setAllowTF32CuDNN(true);
+#endif
+  }
+
+ private:
+  std::mutex mutex_;
+  int guards_ = 0;
+  bool varying_ = false;
+#if PYCERT_PRECISION_PER_OPERATOR
+  static constexpr std::array<at::Float32Op, 2> kOperators{at::Float32Op::MATMUL, at::Float32Op::CONV};
+  std::array<at::Float32Precision, 2> saved_{};
+#else
+  std::array<bool, 2> saved_{};
+#endif
+};
+
 // What cuBLAS and cuDNN may do meanwhile: float32 products in float32, and the same algorithm every time.
 class CudaPrecisionGuard {
  public:
-  CudaPrecisionGuard() {
-    static const bool has_cuda = at::globalContext().hasCUDA();
-    if (!has_cuda) return;
-    auto& context = at::globalContext();
-    matmul_ = context.allowTF32CuBLAS();
-    convolution_ = context.allowTF32CuDNN();
-    varying_ = !context.deterministicCuDNN();
-    if (matmul_) context.setAllowTF32CuBLAS(false);
-    if (convolution_) context.setAllowTF32CuDNN(false);
-    if (varying_) context.setDeterministicCuDNN(true);
+  explicit CudaPrecisionGuard(bool on_cuda = has_cuda()) : on_cuda_(on_cuda) {
+    if (on_cuda_) CudaSettings::shared().enter();
   }
   ~CudaPrecisionGuard() {
-    auto& context = at::globalContext();
-    if (matmul_) context.setAllowTF32CuBLAS(true);
-    if (convolution_) context.setAllowTF32CuDNN(true);
-    if (varying_) context.setDeterministicCuDNN(false);
+    if (on_cuda_) CudaSettings::shared().leave();
   }
   CudaPrecisionGuard(const CudaPrecisionGuard&) = delete;
   CudaPrecisionGuard& operator=(const CudaPrecisionGuard&) = delete;
 
  private:
-  bool matmul_ = false, convolution_ = false, varying_ = false;
+  static bool has_cuda() {
+    static const bool found = at::globalContext().hasCUDA();
+    return found;
+  }
+  const bool on_cuda_;
+  const at::NoTF32Guard no_tf32_;  // whatever another thread sets meanwhile
 };
 
 // Inside it float32 products are float32 products: no autocast, no reduced-precision matrix multiplication.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pycert._flags import nnpack_enabled
+from pycert._flags import nnpack_enabled, tf32_allowed
 
 #: Import name, name to install, what it is needed for.
 OPTIONAL_PACKAGES = (
@@ -181,8 +181,8 @@ def _cuda_check(section: str) -> Finding:
 def _soundness_flags() -> list[Finding]:
     """torch's global settings under which an execution is not covered by ``soundness="deployed"``."""
     section = 'torch settings that soundness="deployed" does not cover'
-    cuda_matmul = bool(torch.backends.cuda.matmul.allow_tf32)
-    cuda_conv = bool(torch.backends.cudnn.allow_tf32)
+    cuda_matmul = tf32_allowed(torch.backends.cuda.matmul)
+    cuda_conv = tf32_allowed(torch.backends.cudnn)
     cpu_precision = {
         name: getattr(getattr(torch.backends.mkldnn, name, None), "fp32_precision", "none")
         for name in ("matmul", "conv")
