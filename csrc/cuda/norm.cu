@@ -185,8 +185,9 @@ __device__ inline Clipped clipped_at(const cpu::BallBoxMaximumArgs<T>& a, int64_
 
 // A block owns a row. d = clip(t w) has norm r for one t, which is approached from below: with C = {i : end_i / w_i <=
 // t}, the t' that solves sum_C end^2 + t'^2 sum_rest w^2 = r^2 lies between t and the solution, because on the rest t'
-// w_i overestimates the clipped value. C grows until it stays the same, and t' is then the solution itself. Rounding may
-// take out again what stands exactly at the solution, and put it in, and so on: C that does not grow is the end, too.
+// w_i overestimates the clipped value. C grows until it stays the same, and t' is then the solution itself. Rounding
+// may take out again what stands exactly at the solution, and put it in, and so on: C that does not grow is the end,
+// too.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) ball_box_maximum_kernel(const cpu::BallBoxMaximumArgs<T> a) {
   for_rows<kThreads>(a.batch * a.rows, [&](int64_t row, int lane) {
