@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import pycert
 import pycert.nn
 from pycert.graph import trace
 from pycert.reference.graph import evaluate
@@ -190,6 +191,7 @@ MOVEMENT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "flip": (lambda m, x: x.flip(1).flip((1, 2)), (3, 2)),
     "roll": (lambda m, x: torch.roll(x, (1, 2), (1, 2)), (3, 4)),
     "tril": (lambda m, x: x.tril(), (3, 4)),
+    "patches": (lambda m, x: F.unfold(x, (2, 1), padding=1) + torch.nn.Unfold((2, 1), padding=(1, 1))(x), (2, 3, 4)),
     "unfold": (lambda m, x: x.unfold(1, 3, 2), (7,)),
     "pad": (lambda m, x: F.pad(x, (1, 2, 0, 1), value=-1.5), (3, 4)),
     "pad_negative": (lambda m, x: F.pad(x, (-1, 2)), (3, 4)),
@@ -215,6 +217,12 @@ MOVEMENT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "where_parameter_order": (lambda m, x: torch.where(torch.eye(3, dtype=torch.bool), 1.5, x), (3, 3)),
     "in_place_shapes": (lambda m, x: x.clone().unsqueeze_(1).squeeze_(1).add_(1), (3,)),
     "in_place_view": (lambda m, x: _written_through_views(x), (2, 4)),
+    "in_place_first_power": (lambda m, x: _added_to(x * 2, lambda y: y**1), (3,)),
+    "in_place_bool_index": (lambda m, x: _added_to(x * 2, lambda y: y[:, True]), (3,)),
+    "in_place_tensor_index": (lambda m, x: _added_to(x * 2, lambda y: y[:, torch.tensor(1)]), (3,)),
+    "in_place_numpy_index": (lambda m, x: _added_to(x * 2, lambda y: y[:, np.int64(1)]), (3,)),
+    "in_place_fill": (lambda m, x: _added_to(x * 2, lambda y: y[:, :1].zero_()) + x.clone().fill_(3.0), (3,)),
+    "in_place_copy_of": (lambda m, x: x.clone().copy_(x[:, :1] * 2), (3,)),
     "in_place_copy": (lambda m, x: _copied_then_changed(x), (2, 4)),
     "numpy_index": (lambda m, x: x[:, np.array([1, 0])], (3,)),
     "keywords": (lambda m, x: F.linear(input=x, weight=torch.ones(2, 3, dtype=x.dtype)) + torch.flatten(input=x, start_dim=1)[:, :2], (3,)),
@@ -223,6 +231,13 @@ MOVEMENT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "script": (lambda m, x: _script(x), (3,)),
     "aten": (lambda m, x: torch.ops.aten.relu(torch.ops.aten.add.Tensor(x, x)), (3,)),
 }  # fmt: skip
+
+
+def _added_to(y: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+    """y after an in-place sum on what may be a view of it."""
+    z = part(y)
+    z += 1
+    return y
 
 
 def _assigned(x: Tensor) -> Tensor:
@@ -542,6 +557,14 @@ def test_the_default_device_does_not_matter(device):
         graph = trace(net, torch.empty(1, 2, 3, 3, dtype=torch.float64, device="cpu"))
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(evaluate(graph, x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_softmax_over_one_element_is_bounded():
+    net = Apply(lambda m, x: x + torch.cat([x[:, :1].softmax(1), x[:, 1:].log_softmax(-1)], 1))
+    bm = pycert.BoundedModule(net, torch.empty(1, 2))
+    for method in ("ibp", "crown"):
+        lower, upper = bm.bound(pycert.Box(torch.zeros(1, 2), torch.ones(1, 2)), method)
+        torch.testing.assert_close(torch.cat([lower, upper]), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
 
 
 def test_scalar_samples():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pycert.activation_kinds import PREFIX, power_name
-from pycert.graph.live import scalar
+from pycert.graph.live import scalar, survives
 from pycert.graph.parts import broadcast, expand, sample_part
 from pycert.graph.tracer import Traced, Tracer, lowers
 
@@ -63,7 +63,7 @@ def power(tracer: Tracer, input: Any, exponent: Any) -> Traced:
     if isinstance(input, Traced) and number in _POWERS:
         for op in _POWERS[number]:
             input = activation(tracer, op, input)
-        return input
+        return tracer.wrap(tracer.node(input), input.dtype)
     if not isinstance(input, Traced) or number is None or not (number.is_integer() and abs(number) >= 3):
         tracer.refuse("pow", "of powers only integers but 0, 0.5 and -0.5 of a value are bounded")
     result = activation(tracer, "custom", input, name=power_name(int(abs(number))))
@@ -345,7 +345,7 @@ def _number(tracer: Tracer, value: Any) -> float | None:
     """The bound of a clamp where it is one number."""
     if isinstance(value, Tensor) and (isinstance(value, Traced) or tracer.source(value) is not None):
         return None
-    return scalar(value)
+    return scalar(value) if survives(value, tracer.dtype) else None
 
 
 # ---- pairwise extrema -------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,14 +63,14 @@ def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Graph:
         raise TypeError(f"trace: module must be a torch.nn.Module, got {type(module).__name__}")
     examples = _checked_examples(example)
     root = unwrap(module)
-    graph = _trace_at(root, examples, _BATCHES[0])
-    try:
-        again = _trace_at(root, examples, _BATCHES[1])
-    except Exception as error:
-        raise UnsupportedOperator(
-            "", f"a forward that works at batch {_BATCHES[0]} and not at {_BATCHES[1]}", f"it says: {error}"
-        ) from error
-    if not _same(graph, again):
+    graph, met = _trace_at(root, examples, _BATCHES[0])
+    again, met_again = _trace_again(root, examples)
+    # a constant that both runs met was not made in the forward: it is read by reference, for it may change
+    outside = [value for number, value in met.items() if number in met_again]
+    if outside:
+        graph, _ = _trace_at(root, examples, _BATCHES[0], outside)
+        again, _ = _trace_again(root, examples, outside)
+    if not same(graph, again):
         raise UnsupportedOperator(
             "", "a forward whose values depend on the batch size", "samples must stay apart"
         )
@@ -97,11 +98,27 @@ def _checked_examples(example: Any) -> tuple[Tensor, ...]:
     return tuple(examples)
 
 
-def _trace_at(root: nn.Module, examples: tuple[Tensor, ...], batch: int) -> Graph:
-    """One run of the forward with ``batch`` samples."""
+def _trace_again(
+    root: nn.Module, examples: tuple[Tensor, ...], outside: Sequence[Tensor] = ()
+) -> tuple[Graph, dict[int, Tensor]]:
+    """A run at another batch size."""
+    try:
+        return _trace_at(root, examples, _BATCHES[1], outside)
+    except Exception as error:
+        raise UnsupportedOperator(
+            "", f"a forward that works at batch {_BATCHES[0]} and not at {_BATCHES[1]}", f"it says: {error}"
+        ) from error
+
+
+def _trace_at(
+    root: nn.Module, examples: tuple[Tensor, ...], batch: int, outside: Sequence[Tensor] = ()
+) -> tuple[Graph, dict[int, Tensor]]:
+    """One run of the forward with ``batch`` samples, and the constants that it met beside those ``outside``."""
     tracer = Tracer(batch, examples[0].dtype, examples[0].device, normalization.module_lowering)
     shadows = Shadows(root, tracer.wrap_forward)
     tracer.live.owned = shadows.slots
+    for value in outside:
+        tracer.live.outside(value, "network")
     inputs = []
     for index, item in enumerate(examples):
         node = tracer.builder.emit(
@@ -116,7 +133,7 @@ def _trace_at(root: nn.Module, examples: tuple[Tensor, ...], batch: int) -> Grap
     for kept in nodes:
         if kept.op == "batch_norm":
             kept.attrs["module"] = used.index(kept.attrs["module"])
-    return Graph(
+    graph = Graph(
         nodes=nodes,
         output=number,
         slots=[tracer.live.sources[slot] for slot in slots],
@@ -125,6 +142,7 @@ def _trace_at(root: nn.Module, examples: tuple[Tensor, ...], batch: int) -> Grap
         eval_only=list(tracer.eval_only.values()),
         pins=tracer.live.pins,
     )
+    return graph, tracer.live.met
 
 
 def _run(root: nn.Module, inputs: list[Traced]) -> Any:
@@ -149,8 +167,11 @@ def _output(tracer: Tracer, output: Any) -> int:
     raise UnsupportedOperator("", f"an output of type {type(output).__name__}", hint)
 
 
-def _same(first: Graph, second: Graph) -> bool:
-    """Whether two traces are the same network, whatever batch size they were made at."""
+def same(first: Graph, second: Graph) -> bool:
+    """Whether two traces are the same network, whatever batch size they were made at.
+
+    Expressions are compared by their present value, so both must be of the same modules.
+    """
     if (first.output, len(first.nodes), len(first.slots)) != (
         second.output,
         len(second.nodes),
