@@ -59,6 +59,8 @@ def neg(tracer: Tracer, input: Traced) -> Traced:
 
 @lowers("pow")
 def power(tracer: Tracer, input: Any, exponent: Any) -> Traced:
+    if isinstance(exponent, Tensor) and exponent.dim() == 0 and not isinstance(exponent, Traced):
+        exponent = exponent if tracer.source(exponent) is not None else scalar(exponent)
     number = float(exponent) if isinstance(exponent, numbers.Real) else None
     if isinstance(input, Traced) and number in _POWERS:
         for op in _POWERS[number]:
@@ -256,6 +258,12 @@ def softplus(tracer: Tracer, input: Traced, beta: float = 1.0, threshold: float 
     return div(tracer, activation(tracer, "softplus", inner, threshold=float(threshold)), beta)
 
 
+@lowers("log_sigmoid", "logsigmoid")
+def log_sigmoid(tracer: Tracer, input: Traced) -> Traced:
+    """``-log(1 + exp(-x))``; beyond 80, where exp overflows in float32 soon, the sum is far below a rounding of x."""
+    return neg(tracer, activation(tracer, "softplus", neg(tracer, input), threshold=80.0))
+
+
 @lowers("tanhshrink")
 def tanhshrink(tracer: Tracer, input: Traced) -> Traced:
     return sub(tracer, input, activation(tracer, "tanh", input))
@@ -362,19 +370,30 @@ def minimum(tracer: Tracer, input: Any, other: Any) -> Traced:
 
 
 def _pairwise(op: str) -> Any:
-    """torch.max and torch.min: of two tensors; the forms that also return indices are refused."""
+    """torch.max and torch.min: of two tensors, or over one dimension, where the indices must not be used."""
 
     def lowering(
         tracer: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, other: Any = None
-    ) -> Traced:
+    ) -> Any:
         second = dim if other is None else other
+        if isinstance(second, int):
+            return _over_dimension(tracer, op, input, second, keepdim)
         if not isinstance(second, Tensor):
             tracer.refuse(
-                "max or min over a dimension", "use torch.amax or torch.amin, or the max of two tensors"
+                "max or min over all dimensions", "use torch.amax or torch.amin, or the max of two tensors"
             )
         return _extremum(tracer, op, input, second)
 
     return lowering
+
+
+def _over_dimension(tracer: Tracer, op: str, input: Traced, dim: int, keepdim: bool) -> Any:
+    from pycert.graph.reduction import amax, amin  # it needs this module
+
+    values = (amax if op == "max2" else amin)(tracer, input, dim, keepdim)
+    indices = tracer.wrap(values.node, torch.int64)
+    indices.node = -1
+    return (torch.return_types.max if op == "max2" else torch.return_types.min)((values, indices))
 
 
 lowers("max")(_pairwise("max2"))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pycert.graph.elementwise import activation, mul
 from pycert.graph.parts import check_batch, constant_index, expand, indices
 from pycert.graph.tracer import GENERIC, Traced, Tracer, lowers
 
@@ -78,6 +79,19 @@ def clear(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: d
     value = _moved_value(tracer, name, args, kwargs)
     moved = func(indices(value) + 1, *args[1:], **kwargs) - 1
     return _moved(tracer, name, value, moved)
+
+
+@lowers("glu")
+def glu(tracer: Tracer, input: Traced, dim: int = -1) -> Traced:
+    """The first half times the sigmoid of the second."""
+    size = int(input.shape[dim])
+    if size % 2 or dim % input.dim() == 0:
+        raise ValueError(
+            f"{tracer.path or 'network'}: glu halves a dimension of a sample, got {size} along dim {dim}"
+        )
+    numbers = indices(input).split(size // 2, dim)
+    value, gate = (_moved(tracer, "glu", input, half) for half in numbers)
+    return mul(tracer, value, activation(tracer, "sigmoid", gate))
 
 
 @lowers("zero")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pycert._flags import no_autocast
 from pycert.errors import UnsupportedOperator
 from pycert.graph import (  # noqa: F401 - they register the lowerings
     attention,
@@ -70,9 +71,11 @@ def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Graph:
     if outside:
         graph, _ = _trace_at(root, examples, _BATCHES[0], outside)
         again, _ = _trace_again(root, examples, outside)
-    if not same(graph, again):
+    if not same(graph, again) or _special_at_one(root, examples, outside, graph):
         raise UnsupportedOperator(
-            "", "a forward whose values depend on the batch size", "samples must stay apart"
+            "",
+            "a forward whose values depend on the batch size",
+            "samples must stay apart, and numbers must be those of every run (none drawn, none NaN)",
         )
     return graph
 
@@ -110,6 +113,17 @@ def _trace_again(
         ) from error
 
 
+def _special_at_one(
+    root: nn.Module, examples: tuple[Tensor, ...], outside: Sequence[Tensor], graph: Graph
+) -> bool:
+    """Whether one sample alone is treated in another way; what takes no single sample, as squeeze(), is left."""
+    try:
+        alone, _ = _trace_at(root, examples, 1, outside)
+    except Exception:
+        return False
+    return not same(graph, alone)
+
+
 def _trace_at(
     root: nn.Module, examples: tuple[Tensor, ...], batch: int, outside: Sequence[Tensor] = ()
 ) -> tuple[Graph, dict[int, Tensor]]:
@@ -125,7 +139,7 @@ def _trace_at(
             "input", (), tuple(item.shape[1:]), index=index, path=f"input{index or ''}"
         )
         inputs.append(tracer.wrap(node, item.dtype))
-    with torch.enable_grad(), tracer:
+    with torch.enable_grad(), no_autocast(), tracer:
         output = _run(shadows.root, inputs)
     number = _output(tracer, output)
     nodes, number, slots = prune(tracer.builder.nodes, number)
