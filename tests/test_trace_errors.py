@@ -79,6 +79,7 @@ FUNCTIONS = {
     "write_into_constant": (lambda m, x: torch.zeros(x.shape).add_(x), "into a constant tensor", "torch.cat"),
     "assignment_into_constant": (lambda m, x: _filled(torch.zeros(x.size(0), 3), x), "constant tensor", "torch.cat"),
     "changed_through_a_possible_view": (lambda m, x: _possible_view(x), "may have been changed in place", "in-place"),
+    "empty": (lambda m, x: x[:, 3:], "an output without elements", ""),
     "tuple": (lambda m, x: (x, x), "output of type tuple", "one tensor"),
     "dictionary": (lambda m, x: {"logits": x}, "output of type dict", "one tensor"),
     "nothing": (lambda m, x: None, "output of type NoneType", "one tensor"),

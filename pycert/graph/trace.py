@@ -172,6 +172,10 @@ def _run(root: nn.Module, inputs: list[Traced]) -> Any:
 
 def _output(tracer: Tracer, output: Any) -> int:
     if isinstance(output, Traced):
+        if output.numel() == 0:
+            raise UnsupportedOperator(
+                "", f"an output without elements, {list(output.shape)[1:]} a sample", ""
+            )
         return tracer.node(output)
     hint = "return one tensor [B, ...] that depends on the input; wrap the module to choose one"
     if isinstance(output, (tuple, list, dict)):
