@@ -96,7 +96,7 @@ class BoundedModule(nn.Module):
         self.net = net
         self.graph: Graph = trace(net, example)
         self._traced = _modules_of(net)
-        self._watch = Watch(net, example if isinstance(example, tuple) else (example,), self.graph)
+        self._watch = Watch(net, (example,) if isinstance(example, Tensor) else tuple(example), self.graph)
         self._prepare()
 
     def _part(self, graph: Graph) -> BoundedModule:

@@ -101,11 +101,11 @@ class Watch:
         what = _difference(self._known[0], now) if self._known else "its modules"
         like = next((s.value() for s in self.graph.slots if isinstance(s, Slot) and _real(s.value())), None)
         examples = tuple(
-            torch.empty(
-                shape,
+            torch.zeros(
+                (),
                 dtype=dtype if like is None else like.dtype,
                 device=device if like is None else like.device,
-            )
+            ).expand(shape)
             for shape, dtype, device in self._examples
         )
         message = (
