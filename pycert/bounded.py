@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pycert import _C, _choices, _flags, activations
 from pycert.graph import Graph, trace
+from pycert.graph.state import Watch
 from pycert.ops.relaxation import SLOPES
 from pycert.options import INTERMEDIATES, METHODS, SIDES, SOUNDNESS, Options, memory_bytes, parse
 from pycert.regions import Box, LpBall, Region
@@ -95,13 +96,14 @@ class BoundedModule(nn.Module):
         self.net = net
         self.graph: Graph = trace(net, example)
         self._traced = _modules_of(net)
+        self._watch = Watch(net, (example,) if isinstance(example, Tensor) else tuple(example), self.graph)
         self._prepare()
 
     def _part(self, graph: Graph) -> BoundedModule:
         """A bounded module of a part of the graph, over the same modules."""
         made = type(self).__new__(type(self))
         nn.Module.__init__(made)
-        made.net, made.graph, made._traced = self.net, graph, self._traced
+        made.net, made.graph, made._traced, made._watch = self.net, graph, self._traced, self._watch
         made._prepare()
         return made
 
@@ -406,13 +408,11 @@ class BoundedModule(nn.Module):
     # ---- arguments ----------------------------------------------------------------------------------
 
     def _tensors(self) -> list[Tensor]:
-        self.graph.check()
         self._check_modules()
+        self.graph.check()
+        self._watch.check()
         with _flags.no_autocast():
             tensors = self.graph.tensors()
-        for slot, value in zip(self.graph.slots, tensors, strict=True):
-            if value is None:
-                raise RuntimeError(f"'{slot.path}' is None; it was a tensor when the network was traced")
         if not all(math.isfinite(tensors[i].detach().sum().item()) for i in self._hidden):
             self._diagnose(tensors)
         return tensors

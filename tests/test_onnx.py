@@ -200,6 +200,7 @@ one("Clip", [1, 6], dict(a=np.float32(-0.3), b=np.float32(0.4)))
 one("Clip by attributes", [1, 6], opset=9, min=0.0, max=6.0)
 one("Clip from below", [1, 6], dict(a=np.float32(0)))
 one("Clip from above", [1, 6], dict(b=np.float32(0.2)), ["x", "", "b"])
+one("Clip without limits", [1, 6])
 one("PRelu of channels", [1, 3, 4, 5], dict(s=f(3, 1, 1)))
 one("PRelu of columns", [1, 3, 4, 3], dict(s=f(3)))
 one("PRelu of features", [1, 3], dict(s=f(3)))
@@ -404,6 +405,7 @@ one("SpaceToDepth", [1, 2, 4, 6], blocksize=2)
 one("MaxPool", [1, 2, 6, 7], kernel_shape=[3, 2], strides=[2, 2], pads=[1, 0, 1, 0])
 one("MaxPool with pads of one side", [1, 2, 6, 7], kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 2])
 one("MaxPool SAME_LOWER", [1, 2, 6, 7], kernel_shape=[2, 2], auto_pad="SAME_LOWER")
+one("MaxPool SAME_LOWER by steps", [1, 2, 6, 7], kernel_shape=[3, 3], auto_pad="SAME_LOWER", strides=[2, 2])
 one("MaxPool ceil_mode", [1, 2, 6, 7], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
 one("MaxPool dilated", [1, 2, 9, 7], kernel_shape=[3, 2], dilations=[2, 2])
 one("MaxPool in one dimension", [1, 2, 9], kernel_shape=[3])
@@ -708,13 +710,18 @@ def test_a_wrong_conversion_would_be_noticed(tmp_path, monkeypatch):
         ([node("Reshape", ["x", "seven"], ["y"])], r"\[1, 2, 4, 4\] has not as many elements as \[7\]"),
         ([node("Expand", ["x", "huge"], ["y"])], "has more than"),
         ([node("ConstantOfShape", ["huge"], ["c"]), node("Add", ["x", "c"], ["y"])], "its result has [0-9]+ elements, at most"),
+        ([node("Slice", ["x", "back", "largest", "back", "back"], ["y"])], "Slice backwards from -1 to 9223372036854775807"),
+        ([node("Slice", ["x", "before", "back", "back", "back"], ["y"])], "Slice backwards from -5 to -1 of 4 elements"),
+        ([node("Clip", ["x", "nan"], ["y"])], "Clip with min=nan"),
+        ([node("Pow", ["x", "deep"], ["y"])], r"exponents of shape \[1, 1, 1, 1, 1\]"),
         ([node("Relu", ["q"], ["y"])], "is not valid ONNX"),
         ([node("Relu", ["x"], ["y"], alpha=1.0)], "is not valid ONNX"),
         ([node("Neg", ["s"], ["y"])], "of constants alone|does not depend on the input"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_named(nodes, message, tmp_path):
-    constants = dict(s=f(2), w3=f(3, 5, 1, 1), seven=i(7), huge=i(1 << 20, 1 << 20, 2, 4, 4))
+    constants = dict(s=f(2), w3=f(3, 5, 1, 1), seven=i(7), huge=i(1 << 20, 1 << 20, 2, 4, 4), back=i(-1), largest=i(2**63 - 1), before=i(-5),
+                     nan=np.float32(np.nan), deep=f(1, 1, 1, 1, 1))  # fmt: skip
     with pytest.raises((pycert.UnsupportedOperator, ValueError), match=message):
         load(tmp_path, nodes, [1, 2, 4, 4], constants, opset=14)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import pycert
 import pycert.nn
 from pycert.graph import trace
 from pycert.reference.graph import evaluate
@@ -123,6 +124,10 @@ LAYERS = {
     "max_pool1d_no_channels": (lambda: nn.MaxPool1d(2), (6,)),
     "max_pool2d_no_channels": (lambda: nn.MaxPool2d(2), (6, 4)),
     "adaptive_max": (lambda: nn.AdaptiveMaxPool2d((2, 3)), (2, 4, 6)),
+    "adaptive_max_unequal": (lambda: nn.AdaptiveMaxPool2d((3, 4)), (2, 7, 5)),
+    "adaptive_max1d_unequal": (lambda: nn.AdaptiveMaxPool1d(3), (2, 4)),
+    "log_sigmoid": (lambda: nn.LogSigmoid(), (4,)),
+    "glu": (lambda: nn.Sequential(nn.GLU(), nn.GLU(1)), (4, 6)),
     "normalize": (lambda: pycert.nn.Normalize([0.1, 0.2], [2.0, 3.0]), (2, 3, 4)),
     "normalize_flat": (lambda: pycert.nn.Normalize(torch.tensor(0.1), torch.tensor(3)), (4,)),
     "max_min": (lambda: pycert.nn.MaxMin(), (4, 3, 2)),
@@ -190,6 +195,7 @@ MOVEMENT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "flip": (lambda m, x: x.flip(1).flip((1, 2)), (3, 2)),
     "roll": (lambda m, x: torch.roll(x, (1, 2), (1, 2)), (3, 4)),
     "tril": (lambda m, x: x.tril(), (3, 4)),
+    "patches": (lambda m, x: F.unfold(x, (2, 1), padding=1) + torch.nn.Unfold((2, 1), padding=(1, 1))(x), (2, 3, 4)),
     "unfold": (lambda m, x: x.unfold(1, 3, 2), (7,)),
     "pad": (lambda m, x: F.pad(x, (1, 2, 0, 1), value=-1.5), (3, 4)),
     "pad_negative": (lambda m, x: F.pad(x, (-1, 2)), (3, 4)),
@@ -215,6 +221,12 @@ MOVEMENT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "where_parameter_order": (lambda m, x: torch.where(torch.eye(3, dtype=torch.bool), 1.5, x), (3, 3)),
     "in_place_shapes": (lambda m, x: x.clone().unsqueeze_(1).squeeze_(1).add_(1), (3,)),
     "in_place_view": (lambda m, x: _written_through_views(x), (2, 4)),
+    "in_place_first_power": (lambda m, x: _added_to(x * 2, lambda y: y**1), (3,)),
+    "in_place_bool_index": (lambda m, x: _added_to(x * 2, lambda y: y[:, True]), (3,)),
+    "in_place_tensor_index": (lambda m, x: _added_to(x * 2, lambda y: y[:, torch.tensor(1)]), (3,)),
+    "in_place_numpy_index": (lambda m, x: _added_to(x * 2, lambda y: y[:, np.int64(1)]), (3,)),
+    "in_place_fill": (lambda m, x: _added_to(x * 2, lambda y: y[:, :1].zero_()) + x.clone().fill_(3.0), (3,)),
+    "in_place_copy_of": (lambda m, x: x.clone().copy_(x[:, :1] * 2), (3,)),
     "in_place_copy": (lambda m, x: _copied_then_changed(x), (2, 4)),
     "numpy_index": (lambda m, x: x[:, np.array([1, 0])], (3,)),
     "keywords": (lambda m, x: F.linear(input=x, weight=torch.ones(2, 3, dtype=x.dtype)) + torch.flatten(input=x, start_dim=1)[:, :2], (3,)),
@@ -223,6 +235,13 @@ MOVEMENT: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "script": (lambda m, x: _script(x), (3,)),
     "aten": (lambda m, x: torch.ops.aten.relu(torch.ops.aten.add.Tensor(x, x)), (3,)),
 }  # fmt: skip
+
+
+def _added_to(y: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+    """y after an in-place sum on what may be a view of it."""
+    z = part(y)
+    z += 1
+    return y
 
 
 def _assigned(x: Tensor) -> Tensor:
@@ -297,6 +316,8 @@ ARITHMETIC: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "extrema": (lambda m, x: torch.max(x, x.flip(1)) - torch.min(x, 2 * x), (3,)),
     "extrema_constants": (lambda m, x: torch.maximum(x, torch.tensor([0.0, 1.0, -1.0])).minimum(torch.tensor(0.5)), (3,)),
     "max_min_by_hand": (lambda m, x: (lambda a, b: torch.cat([torch.max(a, b), torch.min(a, b)], 1))(*x.chunk(2, 1)), (4, 2)),
+    "max_over_dimension": (lambda m, x: torch.max(x, -1, keepdim=True)[0] - x.min(dim=2, keepdim=True).values, (3, 4)),
+    "powers_of_tensors": (lambda m, x: x ** torch.tensor(2.0) + torch.linalg.matmul(x, torch.eye(2, dtype=x.dtype)), (2,)),
     "amax": (lambda m, x: x.amax((1, 3)) - x.amin(dim=1, keepdim=True).flatten(1)[:, :3], (2, 3, 4)),
     "pools": (lambda m, x: F.max_pool2d(x, 2, 1) - F.avg_pool2d(x, (2, 2), stride=1), (2, 4, 5)),
     "adaptive": (lambda m, x: F.adaptive_avg_pool2d(x, 1) + F.adaptive_max_pool2d(x, (1, 2)), (2, 4, 6)),
@@ -542,6 +563,14 @@ def test_the_default_device_does_not_matter(device):
         graph = trace(net, torch.empty(1, 2, 3, 3, dtype=torch.float64, device="cpu"))
     x = torch.randn(2, 2, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(evaluate(graph, x), net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_softmax_over_one_element_is_bounded():
+    net = Apply(lambda m, x: x + torch.cat([x[:, :1].softmax(1), x[:, 1:].log_softmax(-1)], 1))
+    bm = pycert.BoundedModule(net, torch.empty(1, 2))
+    for method in ("ibp", "crown"):
+        lower, upper = bm.bound(pycert.Box(torch.zeros(1, 2), torch.ones(1, 2)), method)
+        torch.testing.assert_close(torch.cat([lower, upper]), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
 
 
 def test_scalar_samples():

@@ -34,7 +34,6 @@ LAYERS = {
     "local_response_norm": (nn.LocalResponseNorm(2), (4, 3), "LocalResponseNorm", ""),
     "attention_over_the_batch": (nn.TransformerEncoderLayer(4, 1, 4), (2, 4), "batch_first=False", "True"),
     "bilinear": (Apply(lambda m, x: m.layer(x, x), layer=nn.Bilinear(3, 3, 2)), (3,), "Bilinear", "matmul"),
-    "adaptive_max": (nn.AdaptiveMaxPool2d(2), (1, 3, 4), "AdaptiveMaxPool2d", "max_pool2d"),
     "max_pool_indices": (nn.MaxPool2d(2, return_indices=True), (1, 4, 4), "MaxPool2d", "leave the indices"),
     "batch_norm_statistics": (nn.BatchNorm1d(3, track_running_stats=False), (3,), "track_running_stats", "True"),
     "embedding": (nn.Embedding(3, 3), (3,), "Embedding", "floating"),
@@ -56,7 +55,9 @@ FUNCTIONS = {
     "norm": (lambda m, x: x.norm(dim=1), "norm", "sum"),
     "variance": (lambda m, x: x.var(1), "var", "mean"),
     "sort": (lambda m, x: x.sort(1)[0], "sort", "GroupSort"),
-    "max_over_dimension": (lambda m, x: x.max(1)[0], "max or min over a dimension", "amax"),
+    "max_over_all": (lambda m, x: x.max(), "max or min over all dimensions", "amax"),
+    "positions_of_a_maximum": (lambda m, x: 2 * x.max(1)[1], "positions of a maximum", "its values"),
+    "autocast": (lambda m, x: _in_bfloat16(x), "autocast in the forward", "leave it out"),
     "einsum": (lambda m, x: torch.einsum("bi,bj,bk->bijk", x, x, x), "einsum", "matmul"),
     "einsum_trace": (lambda m, x: torch.einsum("bii,bi->b", x.unsqueeze(2), x), "einsum", "matmul"),
     "comparison": (lambda m, x: (x > 0) * 1.0, "gt", "relu"),
@@ -69,12 +70,16 @@ FUNCTIONS = {
     "noise": (lambda m, x: x + torch.randn_like(x), "randn_like", ""),
     "dropout": (lambda m, x: F.dropout(x, 0.5, True), "dropout in training mode", "eval"),
     "batch_statistics": (lambda m, x: F.batch_norm(x, None, None, training=True), "statistics of the batch", "BatchNorm1d"),
+    "narrowing_sum": (lambda m, x: x.sum(1, dtype=torch.float16), "sum with dtype=torch.float16", "rounds"),
+    "integer_mean": (lambda m, x: x.mean(1, dtype=torch.int64), "mean with dtype=torch.int64", "rounds"),
+    "bits": (lambda m, x: x.view(torch.int32), "view of the bits", "not bounded"),
     "narrowing_cast": (lambda m, x: x.half(), "float16", "leave it out"),
     "integer_cast": (lambda m, x: x.long(), "long", "floating"),
     "out_argument": (lambda m, x: torch.add(x, 1, out=torch.empty(3)), "out=", "returns"),
     "write_into_constant": (lambda m, x: torch.zeros(x.shape).add_(x), "into a constant tensor", "torch.cat"),
     "assignment_into_constant": (lambda m, x: _filled(torch.zeros(x.size(0), 3), x), "constant tensor", "torch.cat"),
     "changed_through_a_possible_view": (lambda m, x: _possible_view(x), "may have been changed in place", "in-place"),
+    "empty": (lambda m, x: x[:, 3:], "an output without elements", ""),
     "tuple": (lambda m, x: (x, x), "output of type tuple", "one tensor"),
     "dictionary": (lambda m, x: {"logits": x}, "output of type dict", "one tensor"),
     "nothing": (lambda m, x: None, "output of type NoneType", "one tensor"),
@@ -100,6 +105,7 @@ BATCH = {
     "parameter_per_sample": (lambda m, x: x + torch.arange(2.0).reshape(2, 1), "differs along the batch"),
     "constant_of_more_dimensions": (lambda m, x: x + torch.ones(4, 1, 4), "3 dimensions against a value of 2"),
     "batch_size_in_values": (lambda m, x: x / x.shape[0], "depend on the batch size"),
+    "one_sample_alone": (lambda m, x: x if len(x) == 1 else 2 * x, "depend on the batch size"),
     "batch_size_in_layers": (lambda m, x: m.fc(x) if len(x) == 2 else x, "depend on the batch size"),
     "only_batch_two": (lambda m, x: x.reshape(2, -1), "works at batch 2 and not at 3"),
     "matrix_on_the_left": (lambda m, x: torch.ones(3, 2) @ x, "matrix product over the batch"),
@@ -121,6 +127,11 @@ def _possible_view(x: Tensor) -> Tensor:
     y = x * 2
     y.reshape(-1, 3).relu_()
     return y + 1
+
+
+def _in_bfloat16(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return x * 2
 
 
 def _hidden(x: Tensor) -> Tensor:

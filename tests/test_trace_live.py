@@ -7,7 +7,9 @@ import io
 import pickle
 import tempfile
 import threading
+import types
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+import pycert
 import pycert.nn
 from pycert.errors import UnsupportedOperator
 from pycert.graph import trace
@@ -494,3 +497,144 @@ def test_replaced_added_and_removed_modules_are_refused():
     refused(lambda net: net.__setitem__(1, nn.Tanh()), "'1' is new")
     refused(lambda net: net.append(nn.ReLU()), "'3' is new")
     refused(lambda net: net.__delitem__(2), "some are gone")
+
+
+# ---- what a trace has followed beside tensors -------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Reads its state from everywhere a module may keep it."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.numbers, self.array = types.SimpleNamespace(shift=0.5), [2.0], np.array([1.5])
+        self.tensors, self.act, self.scale = [torch.tensor([1.0, 2.0])], torch.relu, None
+        self.layers = [nn.Linear(2, 2), nn.LeakyReLU(0.1)]
+        self.conv, self.norm = nn.Conv1d(1, 1, 1, padding=1), nn.InstanceNorm1d(1, track_running_stats=True)
+        self.fc = nn.Linear(4, 2, bias=False)
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        for layer in self.layers:
+            x = layer(x)
+        x = self.act(x * self.tensors[0] * self.factor + self.config.shift) * self.numbers[0]
+        x = self.fc(self.norm(self.conv(x.unsqueeze(1))).flatten(1) * float(self.array[0]))
+        return x if self.scale is None else x * self.scale
+
+
+def _set(path: str, value: object):
+    *owners, last = path.split(".")
+
+    def change(net: nn.Module) -> None:
+        for name in owners:
+            net = net[int(name)] if isinstance(net, list) else getattr(net, name)
+        if isinstance(net, (list, np.ndarray)):
+            net[int(last)] = value  # type: ignore[operator]
+        else:
+            setattr(net, last, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (_set("conv.padding", (0,)), "'conv.padding' has changed"),
+        (_set("layers.1.negative_slope", 0.3), "'layers.1.negative_slope' has changed from 0.1 to 0.3"),
+        (_set("norm.eps", 0.1), "'norm.eps' has changed"),
+        (_set("norm.momentum", 0.9), None),
+        (_set("config.shift", 1.0), "'config' has changed"),
+        (_set("numbers.0", 3.0), "'numbers' has changed"),
+        (_set("array.0", 1.0), "'array' has changed"),
+        (_set("act", torch.tanh), "'act' has changed"),
+        (_set("scale", 2.0), "'scale' has changed from None to 2.0"),
+        (_set("factor", 2.0), "'factor' has been set"),
+        (_set("unread", 2.0), None),
+        (_set("steps", 7), None),
+        (_set("fc.bias", nn.Parameter(torch.ones(2))), "'fc.bias' has changed from None to a tensor"),
+        (_set("conv.bias", None), "'conv.bias' has changed from a tensor"),
+        (
+            _set("layers.0.weight", nn.Parameter(torch.ones(2, 2))),
+            None,
+        ),  # live, as those of registered modules
+        (_set("layers.1", nn.ReLU()), "'layers.1' has changed|'layers' has changed"),
+        (_set("forward", lambda x: x * 7), "'forward' has changed"),
+        (lambda net: net.layers.append(nn.Tanh()), "'layers' has changed"),
+        (lambda net: net.tensors[0].mul_(2), None),  # read by reference
+        (lambda net: net.fc.register_forward_hook(lambda *_: None), None),
+        (lambda net: net.fc.register_forward_hook(lambda m, x, y: 2 * y), "forward hook"),
+        (lambda net: net.register_forward_pre_hook(lambda m, x: (2 * x[0],)), "forward hook"),
+        (lambda net: net.train(), "training mode"),
+    ],
+)
+def test_a_change_of_the_modules_is_followed_or_refused(change, match):
+    torch.manual_seed(0)
+    net = Stateful().eval()
+    net.norm.running_var.fill_(2.0)
+    bm, x = pycert.BoundedModule(net, torch.empty(1, 2)), torch.randn(3, 2)
+    for _ in range(2):
+        lower, upper = bm.bound(pycert.Box(x, x), "ibp")
+    change(net)
+    if match is not None:
+        for _ in range(2):
+            with pytest.raises((RuntimeError, UnsupportedOperator), match=match):
+                bm.bound(pycert.Box(x, x), "ibp")
+        return
+    for again in (bm, copy.deepcopy(bm)):
+        lower, upper = again.bound(pycert.Box(x, x), "ibp")
+        y = net(x)
+        assert bool(((lower <= y) & (y <= upper)).all())
+
+
+def test_a_layer_traced_in_training_mode_is_refused_in_evaluation_mode():
+    net = nn.Sequential(nn.InstanceNorm1d(2, track_running_stats=True)).train()
+    bm, x = pycert.BoundedModule(net, torch.empty(1, 2, 3)), torch.randn(2, 2, 3)
+    bm.bound(pycert.Box(x, x), "ibp")
+    net.eval()
+    with pytest.raises(RuntimeError, match="training' has changed from True to False"):
+        bm.bound(pycert.Box(x, x), "ibp")
+    net.train()
+    bm.bound(pycert.Box(x, x), "ibp")
+
+
+def test_global_hooks_are_refused_once_they_change():
+    net = nn.Sequential(nn.Linear(2, 2))
+    bm, x = pycert.BoundedModule(net, torch.empty(1, 2)), torch.randn(1, 2)
+    hook = nn.modules.module.register_module_forward_hook(lambda m, x, y: 2 * y)
+    try:
+        with pytest.raises(RuntimeError, match="hooks' has changed"):
+            bm.bound(pycert.Box(x, x), "ibp")
+    finally:
+        hook.remove()
+    bm.bound(pycert.Box(x, x), "ibp")
+
+
+def test_constants_outside_of_the_module_are_read_by_reference():
+    outside, norm = torch.full((2,), 2.0), nn.BatchNorm1d(2).eval()
+    net = Apply(lambda m, x: norm(x * outside).clamp(min=outside - 3))
+    bm, x = pycert.BoundedModule(net, torch.empty(1, 2)), torch.randn(2, 2)
+    outside.fill_(0.5)
+    norm.running_mean.fill_(0.3)
+    lower, upper = bm.bound(pycert.Box(x, x), "ibp")
+    y = net(x)
+    assert bool(((lower <= y) & (y <= upper)).all())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: torch.maximum(x, m.c),
+        lambda m, x: torch.cat([x, m.c.expand(len(x), 2)], 1),
+        lambda m, x: torch.where(torch.tensor([True, False]), x, torch.full((2,), 0.1, dtype=torch.float64)),
+        lambda m, x: x.clamp(min=torch.full((2,), 0.1, dtype=torch.float64)),
+    ],
+)
+def test_float64_constants_that_float32_does_not_hold_are_refused(function):
+    net = Apply(function, c=torch.tensor([0.5, 0.75], dtype=torch.float64))
+    bm, x = pycert.BoundedModule(net, torch.empty(1, 2)), torch.zeros(1, 2)
+    net.c = torch.tensor([0.1, 5.1], dtype=torch.float64)
+    with pytest.raises(TypeError, match="parameters of dtype Double"):
+        bm.bound(pycert.Box(x, x), "ibp")

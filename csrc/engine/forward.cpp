@@ -108,8 +108,8 @@ Tensor Context::param(const Node& node, size_t i) const {
                     ", the region on ", regions_[0].lower.device());
   if (p.scalar_type() == dtype_) return p;
   if (convert_) return p.to(dtype_);
-  const bool elementwise =
-      node.op == Op::MulConst || node.op == Op::DivConst || node.op == Op::AddConst || node.op == Op::Constant;
+  // these charge a rounding of what they multiply or add
+  const bool elementwise = node.op == Op::MulConst || node.op == Op::DivConst || node.op == Op::AddConst;
   const Tensor converted = p.to(dtype_);
   // weights of ours (an adaptive pool's zeros and ones) survive the conversion, a network's do not
   TORCH_CHECK_TYPE(elementwise || (!p.requires_grad() && converted.to(p.scalar_type()).equal(p)), "bound: '", node.path,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pycert.activation_kinds import PREFIX, power_name
-from pycert.graph.live import scalar
+from pycert.graph.live import scalar, survives
 from pycert.graph.parts import broadcast, expand, sample_part
 from pycert.graph.tracer import Traced, Tracer, lowers
 
@@ -59,11 +59,13 @@ def neg(tracer: Tracer, input: Traced) -> Traced:
 
 @lowers("pow")
 def power(tracer: Tracer, input: Any, exponent: Any) -> Traced:
+    if isinstance(exponent, Tensor) and exponent.dim() == 0 and not isinstance(exponent, Traced):
+        exponent = exponent if tracer.source(exponent) is not None else scalar(exponent)
     number = float(exponent) if isinstance(exponent, numbers.Real) else None
     if isinstance(input, Traced) and number in _POWERS:
         for op in _POWERS[number]:
             input = activation(tracer, op, input)
-        return input
+        return tracer.wrap(tracer.node(input), input.dtype)
     if not isinstance(input, Traced) or number is None or not (number.is_integer() and abs(number) >= 3):
         tracer.refuse("pow", "of powers only integers but 0, 0.5 and -0.5 of a value are bounded")
     result = activation(tracer, "custom", input, name=power_name(int(abs(number))))
@@ -256,6 +258,12 @@ def softplus(tracer: Tracer, input: Traced, beta: float = 1.0, threshold: float 
     return div(tracer, activation(tracer, "softplus", inner, threshold=float(threshold)), beta)
 
 
+@lowers("log_sigmoid", "logsigmoid")
+def log_sigmoid(tracer: Tracer, input: Traced) -> Traced:
+    """``-log(1 + exp(-x))``; beyond 80, where exp overflows in float32 soon, the sum is far below a rounding of x."""
+    return neg(tracer, activation(tracer, "softplus", neg(tracer, input), threshold=80.0))
+
+
 @lowers("tanhshrink")
 def tanhshrink(tracer: Tracer, input: Traced) -> Traced:
     return sub(tracer, input, activation(tracer, "tanh", input))
@@ -345,7 +353,7 @@ def _number(tracer: Tracer, value: Any) -> float | None:
     """The bound of a clamp where it is one number."""
     if isinstance(value, Tensor) and (isinstance(value, Traced) or tracer.source(value) is not None):
         return None
-    return scalar(value)
+    return scalar(value) if survives(value, tracer.dtype) else None
 
 
 # ---- pairwise extrema -------------------------------------------------------------------------
@@ -362,19 +370,30 @@ def minimum(tracer: Tracer, input: Any, other: Any) -> Traced:
 
 
 def _pairwise(op: str) -> Any:
-    """torch.max and torch.min: of two tensors; the forms that also return indices are refused."""
+    """torch.max and torch.min: of two tensors, or over one dimension, where the indices must not be used."""
 
     def lowering(
         tracer: Tracer, input: Any, dim: Any = None, keepdim: bool = False, *, other: Any = None
-    ) -> Traced:
+    ) -> Any:
         second = dim if other is None else other
+        if isinstance(second, int):
+            return _over_dimension(tracer, op, input, second, keepdim)
         if not isinstance(second, Tensor):
             tracer.refuse(
-                "max or min over a dimension", "use torch.amax or torch.amin, or the max of two tensors"
+                "max or min over all dimensions", "use torch.amax or torch.amin, or the max of two tensors"
             )
         return _extremum(tracer, op, input, second)
 
     return lowering
+
+
+def _over_dimension(tracer: Tracer, op: str, input: Traced, dim: int, keepdim: bool) -> Any:
+    from pycert.graph.reduction import amax, amin  # it needs this module
+
+    values = (amax if op == "max2" else amin)(tracer, input, dim, keepdim)
+    indices = tracer.wrap(values.node, torch.int64)
+    indices.node = -1
+    return (torch.return_types.max if op == "max2" else torch.return_types.min)((values, indices))
 
 
 lowers("max")(_pairwise("max2"))

@@ -19,6 +19,7 @@ class LiveTensors:
         self.owned: dict[int, list[Slot]] = {}
         self.sources: list[Source] = []  # those in use, in the order of their slot numbers
         self.pins: list[Pin] = []
+        self.met: dict[int, Tensor] = {}  # constants, by id
         self._computed: dict[int, Source] = {}
         self._keep: list[Tensor] = []  # tensors known by id must not die
         self._number: dict[Any, int] = {}
@@ -35,8 +36,13 @@ class LiveTensors:
         if owners is not None:
             return next((slot for slot in owners if slot.owner is module), owners[0])
         if isinstance(value, nn.Parameter) or value.requires_grad:
-            return self.remember(value, Constant(value, f"{path}: tensor outside of the module"))
+            return self.outside(value, path)
+        self.met[id(value)] = value
         return None
+
+    def outside(self, value: Tensor, path: str) -> Source:
+        """Notes a tensor of nobody in the network, which somebody else may change."""
+        return self.remember(value, Constant(value, f"{path}: tensor outside of the module"))
 
     def remember(self, value: Tensor, source: Source) -> Source:
         """Notes that ``value`` is what ``source`` gives now."""
@@ -90,6 +96,16 @@ def scalar(value: Any) -> float | None:
         return None
     first = value.reshape(-1)[0]
     return float(first) if value.numel() == 1 or bool((value == first).all()) else None
+
+
+def survives(value: Any, dtype: torch.dtype) -> bool:
+    """Whether torch takes a number or constant tensor for one of ``dtype``, or it is exact in it.
+
+    A tensor of more dimensions than none makes float64 of what it meets in float32.
+    """
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.dtype != torch.float64 or value.is_meta:
+        return True
+    return dtype == torch.float64 or torch.equal(value, value.to(dtype).double())
 
 
 def leaves(source: Source) -> Iterator[Slot | Constant]:

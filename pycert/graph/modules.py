@@ -60,20 +60,55 @@ def refuse_module(module: nn.Module, path: str) -> None:
 
 
 def walk(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``(path, module)`` of a module and all below it, wrappers taken off, each module once."""
+    """``(path, module)`` of a module and all below it, wrappers taken off, each module once.
+
+    First those that are registered, then those that plain attributes, lists, tuples and dicts of them hold.
+    """
     seen: set[int] = set()
+    waiting = [("", module)]
+    for start in waiting:
+        for path, found in _registered(*start, seen):
+            yield path, found
+            waiting.extend(_unregistered(found, path))
 
-    def below(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        module = unwrap(module)
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield path, module
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from below(child, f"{path}.{name}" if path else name)
 
-    return below(module, "")
+def _registered(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrap(module)
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _registered(_below(path, name), child, seen)
+
+
+def _unregistered(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a module holds in plain attributes, but for those that cannot be traced: they may not be used."""
+    for name, value in module.__dict__.items():
+        items: Any = ()
+        if isinstance(value, nn.Module):
+            items = [(name, value)]
+        elif type(value) in (list, tuple):
+            items = [(f"{name}.{number}", item) for number, item in enumerate(value)]
+        elif type(value) is dict and name != "_modules":
+            items = [(f"{name}.{key}", item) for key, item in value.items()]
+        for place, item in items:
+            if isinstance(item, nn.Module) and _traceable(item):
+                yield _below(path, place), item
+
+
+def _traceable(module: nn.Module) -> bool:
+    try:
+        for path, inner in _registered("", module, set()):
+            refuse_module(inner, path)
+    except UnsupportedOperator:
+        return False
+    return True
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

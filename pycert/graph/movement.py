@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pycert.graph.parts import check_batch, constant_index, indices
+from pycert.graph.elementwise import activation, mul
+from pycert.graph.parts import check_batch, constant_index, expand, indices
 from pycert.graph.tracer import GENERIC, Traced, Tracer, lowers
 
 #: Elements stay in their order, so the shape of the result says all.
@@ -32,6 +33,10 @@ def same_order(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kwar
     value = _moved_value(tracer, name, args, kwargs)
     result = func(*args, **kwargs)
     check_batch(tracer, name, result.shape)
+    if result.dtype != value.dtype:
+        tracer.refuse(
+            f"{name} of the bits of {value.dtype} as {result.dtype}", "the bits of values are not bounded"
+        )
     node = tracer.reshape(tracer.node(value), tuple(result.shape[1:]), helper=False)
     return tracer.view(node, value, certain=name not in _UNCERTAIN)
 
@@ -40,7 +45,15 @@ def same_order(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kwar
 def view(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Views in another order: a gather of the indices that the function itself moves."""
     value = _moved_value(tracer, name, args, kwargs)
+    if func is F.unfold:
+        return _patches(tracer, value, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
     return _moved(tracer, name, value, _run(tracer, func, value, args, kwargs), shared=True)
+
+
+def _patches(tracer: Tracer, value: Traced, *args: Any, **kwargs: Any) -> Traced:
+    """F.unfold, which pads by 0: numbers of elements from 1 on, as float64, in which they are exact."""
+    patches = F.unfold((indices(value) + 1).double(), *args, **kwargs).long() - 1
+    return _moved(tracer, "unfold", value, patches)
 
 
 @lowers(*_COPIES.split(), table=GENERIC)
@@ -52,10 +65,12 @@ def copy(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: di
 
 @lowers("getitem", table=GENERIC)
 def getitem(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x[...]``: slices and integers are views, index tensors, arrays and lists copy."""
-    keys = args[1] if isinstance(args[1], tuple) else (args[1],)
-    basic = all(key is None or key is ... or isinstance(key, (int, slice)) for key in keys)
-    return (view if basic else copy)(tracer, func, "indexing", args, kwargs)
+    """``x[...]``: a view where torch returns one (slices, integers, tensors that are one), else a copy."""
+    value = _moved_value(tracer, name, args, kwargs)
+    numbers = indices(value)
+    moved = func(numbers, constant_index(tracer, args[1]))
+    shared = moved.untyped_storage().data_ptr() == numbers.untyped_storage().data_ptr()
+    return _moved(tracer, "indexing", value, moved, shared=shared)
 
 
 @lowers(*_CLEARING.split(), table=GENERIC)
@@ -64,6 +79,44 @@ def clear(tracer: Tracer, func: Any, name: str, args: tuple[Any, ...], kwargs: d
     value = _moved_value(tracer, name, args, kwargs)
     moved = func(indices(value) + 1, *args[1:], **kwargs) - 1
     return _moved(tracer, name, value, moved)
+
+
+@lowers("glu")
+def glu(tracer: Tracer, input: Traced, dim: int = -1) -> Traced:
+    """The first half times the sigmoid of the second."""
+    size = int(input.shape[dim])
+    if size % 2 or dim % input.dim() == 0:
+        raise ValueError(
+            f"{tracer.path or 'network'}: glu halves a dimension of a sample, got {size} along dim {dim}"
+        )
+    numbers = indices(input).split(size // 2, dim)
+    value, gate = (_moved(tracer, "glu", input, half) for half in numbers)
+    return mul(tracer, value, activation(tracer, "sigmoid", gate))
+
+
+@lowers("zero")
+def zero(tracer: Tracer, input: Traced) -> Traced:
+    return fill(tracer, input, 0.0)
+
+
+@lowers("fill")
+def fill(tracer: Tracer, input: Traced, value: Any) -> Traced:
+    """``x.fill_(c)``: what x holds afterwards, one constant number."""
+    if isinstance(value, Tensor) and (isinstance(value, Traced) or tracer.source(value) is not None):
+        tracer.refuse("fill with a value or a parameter", "use expand_as")
+    index = torch.full(input.shape, -1, device="cpu")
+    return _moved(tracer, "fill", input, index, fill=float(value))
+
+
+@lowers("copy")
+def copied(tracer: Tracer, input: Traced, src: Any, non_blocking: bool = False) -> Traced:
+    """``x.copy_(y)``: what x holds afterwards."""
+    if not isinstance(src, Traced) or src.dim() != input.dim():
+        tracer.refuse(
+            "copy_ of a constant, or of a value of other dimensions", "assign it: x[:, ...] = constant"
+        )
+    node = expand(tracer, tracer.node(src), tuple(input.shape[1:]))
+    return tracer.wrap(node, input.dtype)
 
 
 @lowers("constant_pad_nd")

@@ -45,6 +45,7 @@ _ALIASES = {
     "concatenate": "cat",
     "special_expit": "sigmoid",
     "special_softmax": "softmax",
+    "linalg_matmul": "matmul",
     "special_log_softmax": "log_softmax",
     "_softmax": "softmax",
     "_log_softmax": "log_softmax",
@@ -87,7 +88,7 @@ _ACTIVATION = "use one of torch's common activations (docs/methods.md), or pycer
 _CONTROL = "control flow and comparisons on values cannot be bounded; use relu, maximum, minimum or clamp"
 _FROZEN = "values of the network are not known while it is traced"
 _HINTS = {
-    _ACTIVATION: """hardshrink logsigmoid log_sigmoid threshold expm1 log1p erf
+    _ACTIVATION: """hardshrink threshold expm1 log1p erf
         heaviside tan asin acos sinh cosh logit exp2 log2 log10 sinc atan2 xlogy floor ceil round""",
     _CONTROL: "gt lt ge le eq ne __eq__ __ne__ __gt__ __lt__ __ge__ __le__ __bool__ isnan isfinite isinf equal "
     "allclose any all nonzero argmax argmin argsort logical_not logical_and is_nonzero __contains__ isclose",

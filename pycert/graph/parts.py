@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycert.graph.live import scalar
+from pycert.graph.live import scalar, survives
 from pycert.graph.tracer import Traced, Tracer
 
 
@@ -49,7 +49,8 @@ class Parts:
             return self._place(tracer.node(part)).expand(shape[1:])
         live = isinstance(part, Tensor) and tracer.source(part) is not None
         number = None if live else scalar(part)
-        if number is not None and self.fill in (None, number):
+        exact = survives(part, tracer.dtype)
+        if number is not None and exact and self.fill in (None, number):
             self.fill = number
             return torch.tensor(-1, device="cpu").expand(shape[1:])
         if not isinstance(part, Tensor):

@@ -177,10 +177,32 @@ def _adaptive_max_pool(
     tracer: Tracer, dims: int, input: Traced, output_size: Any, return_indices: bool
 ) -> Traced:
     size, out = _adaptive_sizes(tracer, "adaptive_max_pool", dims, input, output_size)
-    if any(n % o for n, o in zip(size, out)):
-        tracer.refuse(f"adaptive_max_pool of {size} to {out}, windows of unequal size", "use max_pool2d")
-    kernel = tuple(n // o for n, o in zip(size, out))[2 - dims :]
-    return _max_pool(tracer, dims, input, kernel, None, 0, 1, False, return_indices)
+    kernel = tuple(n // o for n, o in zip(size, out))
+    if not any(n % o for n, o in zip(size, out)):
+        return _max_pool(tracer, dims, input, kernel[2 - dims :], None, 0, 1, False, return_indices)
+    if return_indices:
+        tracer.refuse("max_pool with return_indices=True", "leave the indices out")
+    return _unequal_max_pool(tracer, dims, input, size, out)
+
+
+def _unequal_max_pool(tracer: Tracer, dims: int, input: Traced, size: Pair, out: Pair) -> Traced:
+    """Every window as a row of its elements, the smaller ones with their last element again."""
+    rows, columns = (
+        [torch.arange(r * n // o, -((-(r + 1) * n) // o), device="cpu") for r in range(o)]
+        for n, o in zip(size, out)
+    )
+    places = [(row[:, None] * size[1] + column).flatten() for row in rows for column in columns]
+    widest = max(len(place) for place in places)
+    places = [torch.cat([place, place[-1:].expand(widest - len(place))]) for place in places]
+    node = image(tracer, input, dims)
+    channels = tracer.shape(node)[0]
+    index = torch.stack(places) + size[0] * size[1] * torch.arange(channels, device="cpu")[:, None, None]
+    windows = tracer.gather(node, index, (1, channels * len(places), widest))
+    result = tracer.emit(
+        "max_pool", (windows,), (1, channels * len(places), 1), kernel=(1, widest), stride=(1, widest),
+        padding=(0, 0), dilation=(1, 1), ceil_mode=False,
+    )  # fmt: skip
+    return from_image(tracer, tracer.reshape(result, (channels, *out)), input, dims)
 
 
 def _adaptive_sizes(

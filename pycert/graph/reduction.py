@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from pycert.graph.elementwise import neg
 from pycert.graph.parts import indices
 from pycert.graph.tracer import Traced, Tracer, lowers
@@ -14,14 +16,25 @@ from pycert.graph.tracer import Traced, Tracer, lowers
 def total(
     tracer: Tracer, input: Traced, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Traced:
-    return reduce(tracer, "sum", input, dim, keepdim, mean=False)
+    return _in_dtype(tracer, "sum", reduce(tracer, "sum", input, dim, keepdim, mean=False), dtype)
 
 
 @lowers("mean")
 def mean(
     tracer: Tracer, input: Traced, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
 ) -> Traced:
-    return reduce(tracer, "mean", input, dim, keepdim, mean=True)
+    return _in_dtype(tracer, "mean", reduce(tracer, "mean", input, dim, keepdim, mean=True), dtype)
+
+
+def _in_dtype(tracer: Tracer, name: str, result: Traced, dtype: Any) -> Traced:
+    """A sum that torch forms in a dtype of at least the value's precision."""
+    if dtype is None or dtype == result.dtype:
+        return result
+    if dtype != torch.float64:
+        tracer.refuse(
+            f"{name} with dtype={dtype} of {result.dtype}", "it rounds every value; leave dtype out"
+        )
+    return tracer.wrap(tracer.node(result), dtype)
 
 
 def reduce(tracer: Tracer, name: str, input: Traced, dim: Any, keepdim: bool, mean: bool) -> Traced:

@@ -20,6 +20,8 @@ def softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -
     below exp(-cap). Elements that a mask has set to -inf are left out.
     """
     _check(tracer, "softmax", input, dim, dtype)
+    if _of_one(tracer, input, dim):
+        return _constant(tracer, input, 1.0)
     total, masked, place, shape = _sums(tracer, input, dim, capped=True)
     node = tracer.node(activation(tracer, "reciprocal", total))
     # products by a rounded 1 / sum, and what exp loses: at most one smallest normal number for each term
@@ -43,6 +45,8 @@ def softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -
 def log_softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -> Traced:
     """``-log(1 + sum_{j != i} exp(x_j - x_i))``, never above 0; without lower bound where the sum overflows."""
     _check(tracer, "log_softmax", input, dim, dtype)
+    if _of_one(tracer, input, dim):
+        return _constant(tracer, input, 0.0)
     total, masked, place, shape = _sums(tracer, input, dim, capped=False)
     if bool(masked.any()):
         tracer.refuse("log_softmax of elements masked by -inf", "mask by a large negative number, as -1e4")
@@ -54,6 +58,21 @@ def log_softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = Non
 @lowers("softmin")
 def softmin(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -> Traced:
     return softmax(tracer, neg(tracer, input), dim, dtype)
+
+
+def _of_one(tracer: Tracer, input: Traced, dim: int) -> bool:
+    """Whether every sum has one term, that no mask may have hidden."""
+    inner = tracer.builder.nodes[tracer.builder.behind_reshape(tracer.node(input))]
+    return input.shape[dim] == 1 and not (inner.op == "gather" and inner.attrs["fill"] == -math.inf)
+
+
+def _constant(tracer: Tracer, input: Traced, number: float) -> Traced:
+    """The one value that a softmax over one element has."""
+    shape = tuple(input.shape[1:])
+    index = torch.full(shape, -1, device="cpu")
+    return tracer.wrap(
+        tracer.gather(tracer.node(input), index, shape, fill=number, helper=False), input.dtype
+    )
 
 
 def _cap(input: Traced) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pycert._flags import no_autocast
 from pycert.errors import UnsupportedOperator
 from pycert.graph import (  # noqa: F401 - they register the lowerings
     attention,
@@ -62,16 +64,18 @@ def trace(module: nn.Module, example: Tensor | tuple[Tensor, ...]) -> Graph:
         raise TypeError(f"trace: module must be a torch.nn.Module, got {type(module).__name__}")
     examples = _checked_examples(example)
     root = unwrap(module)
-    graph = _trace_at(root, examples, _BATCHES[0])
-    try:
-        again = _trace_at(root, examples, _BATCHES[1])
-    except Exception as error:
+    graph, met = _trace_at(root, examples, _BATCHES[0])
+    again, met_again = _trace_again(root, examples)
+    # a constant that both runs met was not made in the forward: it is read by reference, for it may change
+    outside = [value for number, value in met.items() if number in met_again]
+    if outside:
+        graph, _ = _trace_at(root, examples, _BATCHES[0], outside)
+        again, _ = _trace_again(root, examples, outside)
+    if not same(graph, again) or _special_at_one(root, examples, outside, graph):
         raise UnsupportedOperator(
-            "", f"a forward that works at batch {_BATCHES[0]} and not at {_BATCHES[1]}", f"it says: {error}"
-        ) from error
-    if not _same(graph, again):
-        raise UnsupportedOperator(
-            "", "a forward whose values depend on the batch size", "samples must stay apart"
+            "",
+            "a forward whose values depend on the batch size",
+            "samples must stay apart, and numbers must be those of every run (none drawn, none NaN)",
         )
     return graph
 
@@ -97,18 +101,45 @@ def _checked_examples(example: Any) -> tuple[Tensor, ...]:
     return tuple(examples)
 
 
-def _trace_at(root: nn.Module, examples: tuple[Tensor, ...], batch: int) -> Graph:
-    """One run of the forward with ``batch`` samples."""
+def _trace_again(
+    root: nn.Module, examples: tuple[Tensor, ...], outside: Sequence[Tensor] = ()
+) -> tuple[Graph, dict[int, Tensor]]:
+    """A run at another batch size."""
+    try:
+        return _trace_at(root, examples, _BATCHES[1], outside)
+    except Exception as error:
+        raise UnsupportedOperator(
+            "", f"a forward that works at batch {_BATCHES[0]} and not at {_BATCHES[1]}", f"it says: {error}"
+        ) from error
+
+
+def _special_at_one(
+    root: nn.Module, examples: tuple[Tensor, ...], outside: Sequence[Tensor], graph: Graph
+) -> bool:
+    """Whether one sample alone is treated in another way; what takes no single sample, as squeeze(), is left."""
+    try:
+        alone, _ = _trace_at(root, examples, 1, outside)
+    except Exception:
+        return False
+    return not same(graph, alone)
+
+
+def _trace_at(
+    root: nn.Module, examples: tuple[Tensor, ...], batch: int, outside: Sequence[Tensor] = ()
+) -> tuple[Graph, dict[int, Tensor]]:
+    """One run of the forward with ``batch`` samples, and the constants that it met beside those ``outside``."""
     tracer = Tracer(batch, examples[0].dtype, examples[0].device, normalization.module_lowering)
     shadows = Shadows(root, tracer.wrap_forward)
     tracer.live.owned = shadows.slots
+    for value in outside:
+        tracer.live.outside(value, "network")
     inputs = []
     for index, item in enumerate(examples):
         node = tracer.builder.emit(
             "input", (), tuple(item.shape[1:]), index=index, path=f"input{index or ''}"
         )
         inputs.append(tracer.wrap(node, item.dtype))
-    with torch.enable_grad(), tracer:
+    with torch.enable_grad(), no_autocast(), tracer:
         output = _run(shadows.root, inputs)
     number = _output(tracer, output)
     nodes, number, slots = prune(tracer.builder.nodes, number)
@@ -116,7 +147,7 @@ def _trace_at(root: nn.Module, examples: tuple[Tensor, ...], batch: int) -> Grap
     for kept in nodes:
         if kept.op == "batch_norm":
             kept.attrs["module"] = used.index(kept.attrs["module"])
-    return Graph(
+    graph = Graph(
         nodes=nodes,
         output=number,
         slots=[tracer.live.sources[slot] for slot in slots],
@@ -125,6 +156,7 @@ def _trace_at(root: nn.Module, examples: tuple[Tensor, ...], batch: int) -> Grap
         eval_only=list(tracer.eval_only.values()),
         pins=tracer.live.pins,
     )
+    return graph, tracer.live.met
 
 
 def _run(root: nn.Module, inputs: list[Traced]) -> Any:
@@ -140,6 +172,10 @@ def _run(root: nn.Module, inputs: list[Traced]) -> Any:
 
 def _output(tracer: Tracer, output: Any) -> int:
     if isinstance(output, Traced):
+        if output.numel() == 0:
+            raise UnsupportedOperator(
+                "", f"an output without elements, {list(output.shape)[1:]} a sample", ""
+            )
         return tracer.node(output)
     hint = "return one tensor [B, ...] that depends on the input; wrap the module to choose one"
     if isinstance(output, (tuple, list, dict)):
@@ -149,8 +185,11 @@ def _output(tracer: Tracer, output: Any) -> int:
     raise UnsupportedOperator("", f"an output of type {type(output).__name__}", hint)
 
 
-def _same(first: Graph, second: Graph) -> bool:
-    """Whether two traces are the same network, whatever batch size they were made at."""
+def same(first: Graph, second: Graph) -> bool:
+    """Whether two traces are the same network, whatever batch size they were made at.
+
+    Expressions are compared by their present value, so both must be of the same modules.
+    """
     if (first.output, len(first.nodes), len(first.slots)) != (
         second.output,
         len(second.nodes),

@@ -169,6 +169,8 @@ class Tracer(TorchFunctionMode):
     def node(self, value: Traced) -> int:
         """The node of a value; read again from the memory's root where that has been changed in place."""
         memory = value.memory
+        if value.node < 0:
+            self.refuse("the positions of a maximum or minimum", "only its values are bounded")
         if value.version != memory.version:
             if not value.certain or memory.root.version != memory.version:
                 self.refuse(
@@ -276,6 +278,8 @@ class Tracer(TorchFunctionMode):
             self._known_device(leaf)
         if name in names.METADATA:
             return self._metadata(func, name, args, kwargs)
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):  # off where the forward starts
+            self.refuse("autocast in the forward", "it rounds values; leave it out")
         first = args[0] if args else kwargs.get("input", kwargs.get("self"))
         if name in names.FORM_OF_SECOND and not isinstance(first, Traced):
             return self.compute(

@@ -86,12 +86,17 @@ def _mistaken(model: Any) -> bool:
     """Whether ONNX's evaluator may be wrong.
 
     It mixes statistics of the batch into BatchNormalization before opset 14, and up to onnx 1.20 it gets Conv with
-    auto_pad="VALID" wrong.
+    auto_pad="VALID", MaxPool with auto_pad="SAME_LOWER" or "SAME_UPPER" and AveragePool with ceil_mode wrong.
     """
     old = any(item.domain in ("", "ai.onnx") and item.version < 14 for item in model.opset_import)
     return any(
         (node.op_type == "BatchNormalization" and old)
         or (node.op_type == "Conv" and any(item.s == b"VALID" for item in node.attribute))
+        or (node.op_type == "MaxPool" and any(item.s.startswith(b"SAME_") for item in node.attribute))
+        or (
+            node.op_type == "AveragePool"
+            and any(item.name == "ceil_mode" and item.i for item in node.attribute)
+        )
         for node in model.graph.node
     )
 

@@ -81,6 +81,10 @@ def clip(conv: Converter, node: Node) -> Value:
         limit = node.attribute(name) if found is None else found.reshape(-1)[0]
         limits.append(None if limit is None or math.isinf(limit) else float(limit))
     low, high = limits
+    if any(limit is not None and math.isnan(limit) for limit in limits):
+        node.refuse(f"with min={low} and max={high}", "limits must be numbers")
+    if low is None and high is None:
+        return node.live()
     if low is not None and high is not None and low >= high:
         node.refuse(f"with min={low} and max={high}", "min must be below max")
     if low == 0 and high is None:
@@ -146,8 +150,11 @@ def softmax(conv: Converter, node: Node) -> Value:
 @converts("Pow")
 def power(conv: Converter, node: Node) -> Value:
     exponent = node.given(1, "exponent")
-    if exponent.size != 1:
-        node.refuse(f"with exponents of shape {list(exponent.shape)}", "use one exponent")
+    if exponent.size != 1 or exponent.ndim > len(node.live().shape):
+        node.refuse(
+            f"with exponents of shape {list(exponent.shape)}",
+            "use one exponent, of no more dimensions than x",
+        )
     number = float(exponent.reshape(-1)[0])
     if number == 1:
         return node.live()

@@ -136,7 +136,7 @@ def pick(conv: Converter, node: Node, raw: Raw, dim: int, index: Array) -> Raw:
 
 @converts("Slice")
 def slices(conv: Converter, node: Node) -> Value:
-    """Ends and steps by the rules of Python."""
+    """Starts, ends and steps by the rules of Python, where runtimes agree."""
     value = node.live()
     dims = len(value.shape)
     starts, ends = node.ints("starts", 1), node.ints("ends", 2)
@@ -144,12 +144,20 @@ def slices(conv: Converter, node: Node) -> Value:
         raise ValueError(f"starts {starts} and ends {ends}")
     axes = [axis_of(axis, dims) for axis in node.ints("axes", 3) or range(len(starts))]
     by = node.ints("steps", 4) or [1] * len(starts)
+    for axis, start, end, step in zip(axes, starts, ends, by):
+        if step == 0:
+            raise ValueError("a step of 0")
+        if step < 0 and (end in (2**31 - 1, 2**63 - 1) or start < -value.shape[axis]):
+            node.refuse(f"backwards from {start} to {end} of {value.shape[axis]} elements",
+                        "start at an element, and end at the least integer for the first")  # fmt: skip
     picked = {
         axis: np.arange(value.shape[axis])[start:end:step]
         for axis, start, end, step in zip(axes, starts, ends, by)
     }
     picked = {
-        axis: index for axis, index in picked.items() if len(index) != value.shape[axis] or index[0] != 0
+        axis: index
+        for axis, index in picked.items()
+        if not np.array_equal(index, np.arange(value.shape[axis]))
     }
     raw, offset = conv.along(node, value, list(picked))
     for axis, index in picked.items():
