@@ -11,6 +11,9 @@ from pycert.graph.elementwise import activation, add, neg
 from pycert.graph.reduction import last
 from pycert.graph.tracer import Traced, Tracer, lowers
 
+#: The largest difference whose exponential is taken, in float32 as well.
+_CAP = 80.0
+
 
 @lowers("softmax")
 def softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -> Traced:
@@ -34,7 +37,7 @@ def softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -
         max=1.0,
         roundings=8.0,
         lost=lost,
-        eps=math.exp(-_cap(input)),
+        eps=math.exp(-_CAP),
         helper=True,
     )
     place = torch.where(masked.flatten()[place], -1, place)
@@ -75,11 +78,6 @@ def _constant(tracer: Tracer, input: Traced, number: float) -> Traced:
     )
 
 
-def _cap(input: Traced) -> float:
-    """The largest difference whose exponential is taken."""
-    return 80.0 if input.dtype == torch.float32 else 700.0
-
-
 def _check(tracer: Tracer, name: str, input: Traced, dim: Any, dtype: Any) -> None:
     if dtype not in (None, False, input.dtype):  # torch._softmax has a flag in its place
         tracer.refuse(f"{name} with dtype={dtype} of {input.dtype}", "leave dtype out")
@@ -112,7 +110,7 @@ def _sums(
     pair = (tracer.gather(source, left, wide), tracer.gather(source, right, wide))
     difference = tracer.wrap(tracer.emit("add", pair, wide, sign=-1, helper=True), input.dtype)
     if capped:
-        difference = activation(tracer, "clamp", difference, min=-math.inf, max=_cap(input))
+        difference = activation(tracer, "clamp", difference, min=-math.inf, max=_CAP)
     terms = tracer.node(activation(tracer, "exp", difference))
     hidden = masked[:, others]
     if bool(hidden.any()):
