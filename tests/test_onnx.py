@@ -397,6 +397,21 @@ one("Pad of the batch", [1, 3], dict(p=i(0, 1, 2, 0)))
 one("Pad reflect", [1, 2, 3, 4], dict(p=i(0, 0, 1, 2, 0, 0, 1, 1)), mode="reflect")
 one("Pad edge", [1, 2, 3, 4], dict(p=i(0, 1, 1, 2, 0, 0, 1, 1)), mode="edge")
 one("Pad of an axis", [1, 2, 3], dict(p=i(1, 1), v=np.float32(0), a=i(-1)), opset=18)
+for form, rounding in (
+    ("asymmetric", "floor"),
+    ("half_pixel", "round_prefer_floor"),
+    ("align_corners", "ceil"),
+):
+    one(
+        f"Resize {form}",
+        [1, 2, 3, 4],
+        dict(r=f(0), s=np.array([1, 1, 2, 3], np.float32)),
+        coordinate_transformation_mode=form,
+        nearest_mode=rounding,
+    )
+one("Resize to sizes", [1, 2, 3, 4], dict(e=f(0), n=f(0), s=i(1, 2, 2, 7)), nearest_mode="round_prefer_ceil")
+one("Resize of old", [1, 2, 3, 4], dict(s=np.array([1, 1, 2, 1], np.float32)), opset=10)
+one("Upsample", [1, 2, 3, 4], opset=7, scales=[1.0, 1.0, 2.0, 2.0])
 one("Tile", [1, 2, 3], dict(r=i(1, 2, 1)))
 one("Tile of the batch", [1, 2, 3], dict(r=i(2, 1, 2)))
 one("DepthToSpace DCR", [1, 8, 2, 3], blocksize=2)
@@ -713,6 +728,8 @@ def test_a_wrong_conversion_would_be_noticed(tmp_path, monkeypatch):
         ([node("Slice", ["x", "back", "largest", "back", "back"], ["y"])], "Slice backwards from -1 to 9223372036854775807"),
         ([node("Slice", ["x", "before", "back", "back", "back"], ["y"])], "Slice backwards from -5 to -1 of 4 elements"),
         ([node("Clip", ["x", "nan"], ["y"])], "Clip with min=nan"),
+        ([node("Resize", ["x", "", "scales"], ["y"], mode="linear")], "Resize with mode 'linear'"),
+        ([node("Resize", ["x", "", "scales"], ["y"], coordinate_transformation_mode="align_corners")], "Resize by 0.7 of 4 elements"),
         ([node("Pow", ["x", "deep"], ["y"])], r"exponents of shape \[1, 1, 1, 1, 1\]"),
         ([node("Relu", ["q"], ["y"])], "is not valid ONNX"),
         ([node("Relu", ["x"], ["y"], alpha=1.0)], "is not valid ONNX"),
@@ -720,7 +737,7 @@ def test_a_wrong_conversion_would_be_noticed(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_is_named(nodes, message, tmp_path):
-    constants = dict(s=f(2), w3=f(3, 5, 1, 1), seven=i(7), huge=i(1 << 20, 1 << 20, 2, 4, 4), back=i(-1), largest=i(2**63 - 1), before=i(-5),
+    constants = dict(s=f(2), w3=f(3, 5, 1, 1), seven=i(7), huge=i(1 << 20, 1 << 20, 2, 4, 4), back=i(-1), largest=i(2**63 - 1), before=i(-5), scales=np.array([1, 1, 0.7, 1], np.float32),
                      nan=np.float32(np.nan), deep=f(1, 1, 1, 1, 1))  # fmt: skip
     with pytest.raises((pycert.UnsupportedOperator, ValueError), match=message):
         load(tmp_path, nodes, [1, 2, 4, 4], constants, opset=14)

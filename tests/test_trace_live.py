@@ -554,8 +554,8 @@ def _set(path: str, value: object):
         (_set("factor", 2.0), "'factor' has been set"),
         (_set("unread", 2.0), None),
         (_set("steps", 7), None),
-        (_set("fc.bias", nn.Parameter(torch.ones(2))), "'fc.bias' has changed from None to a tensor"),
-        (_set("conv.bias", None), "'conv.bias' has changed from a tensor"),
+        (_set("fc.bias", nn.Parameter(torch.ones(2))), "'fc.bias' has changed from None to float32"),
+        (_set("conv.bias", None), "'conv.bias' has changed from float32"),
         (
             _set("layers.0.weight", nn.Parameter(torch.ones(2, 2))),
             None,
@@ -598,6 +598,26 @@ def test_a_layer_traced_in_training_mode_is_refused_in_evaluation_mode():
         bm.bound(pycert.Box(x, x), "ibp")
     net.train()
     bm.bound(pycert.Box(x, x), "ibp")
+
+
+@pytest.mark.parametrize(
+    "net, followed",
+    [
+        (nn.Sequential(nn.Linear(3, 3), nn.Softmax(1), nn.LayerNorm(3)), True),
+        (nn.Sequential(nn.Linear(3, 3), nn.RMSNorm(3)), False),  # its eps is that of the dtype
+        (Apply(lambda m, x: m.fc(x) + torch.finfo(x.dtype).eps, fc=nn.Linear(3, 3)), False),
+    ],
+)
+def test_another_dtype_is_followed_where_the_network_stays_the_same(net, followed):
+    bm = pycert.BoundedModule(net.float(), torch.empty(1, 3))
+    net.double()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    if followed:
+        lower, upper = bm.bound(pycert.Box(x, x), "ibp")
+        assert bool(((lower <= net(x)) & (net(x) <= upper)).all())
+    else:
+        with pytest.raises(RuntimeError, match="weight' has changed from float32 of shape .* to float64"):
+            bm.bound(pycert.Box(x, x), "ibp")
 
 
 def test_global_hooks_are_refused_once_they_change():

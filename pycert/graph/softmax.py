@@ -11,6 +11,9 @@ from pycert.graph.elementwise import activation, add, neg
 from pycert.graph.reduction import last
 from pycert.graph.tracer import Traced, Tracer, lowers
 
+#: The largest difference whose exponential is taken, in float32 as well.
+_CAP = 80.0
+
 
 @lowers("softmax")
 def softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -> Traced:
@@ -34,7 +37,7 @@ def softmax(tracer: Tracer, input: Traced, dim: Any = None, dtype: Any = None) -
         max=1.0,
         roundings=8.0,
         lost=lost,
-        eps=math.exp(-_cap(input)),
+        eps=math.exp(-_CAP),
         helper=True,
     )
     place = torch.where(masked.flatten()[place], -1, place)
@@ -73,11 +76,6 @@ def _constant(tracer: Tracer, input: Traced, number: float) -> Traced:
     return tracer.wrap(
         tracer.gather(tracer.node(input), index, shape, fill=number, helper=False), input.dtype
     )
-
-
-def _cap(input: Traced) -> float:
-    """The largest difference whose exponential is taken."""
-    return 80.0 if input.dtype == torch.float32 else 700.0
 
 
 def _check(tracer: Tracer, name: str, input: Traced, dim: Any, dtype: Any) -> None:
@@ -129,7 +127,7 @@ def _terms(
     pair = (tracer.gather(source, left, wide), tracer.gather(source, right, wide))
     difference = tracer.wrap(tracer.emit("add", pair, wide, sign=-1, helper=True), input.dtype)
     if capped:
-        difference = activation(tracer, "clamp", difference, min=-math.inf, max=_cap(input))
+        difference = activation(tracer, "clamp", difference, min=-math.inf, max=_CAP)
     terms = tracer.node(activation(tracer, "exp", difference))
     hidden = masked[:, others]
     if bool(hidden.any()):

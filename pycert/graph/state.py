@@ -82,7 +82,8 @@ class Watch:
             RuntimeError: the network is not the one that was traced.
             UnsupportedOperator: it can no longer be traced.
         """
-        if self._modules and self._hooks is _no_hooks() and all(seen.holds() for seen in self._modules):
+        still = self._modules and self._hooks is _no_hooks() and self._dtype == self._present_dtype()
+        if still and all(seen.holds() for seen in self._modules):
             return
         now = _state_of(self.root)
         if now not in self._known:
@@ -91,22 +92,27 @@ class Watch:
 
     def _keep(self, now: dict[str, Any] | None = None) -> None:
         now = _state_of(self.root) if now is None else now
-        self._hooks = _no_hooks()
+        self._hooks, self._dtype = _no_hooks(), self._present_dtype()
         self._modules = [_Glance(module) for _, module in walk(self.root)]
         self._known = [now, *(state for state in self._known if state != now)][:_KEPT]
+
+    def _present_dtype(self) -> torch.dtype | None:
+        """Of the first parameter or buffer of the graph: casts change tensors in place."""
+        for slot in self.graph.slots:
+            if isinstance(slot, Slot):
+                value = slot.owner._parameters.get(slot.name, slot.owner._buffers.get(slot.name))
+                if value is not None and value.dtype in (torch.float32, torch.float64):
+                    return value.dtype
+        return None
 
     def _trace_again(self, now: dict[str, Any]) -> None:
         from pycert.graph.trace import same, trace  # they need this module
 
         what = _difference(self._known[0], now) if self._known else "its modules"
-        like = next((s.value() for s in self.graph.slots if isinstance(s, Slot) and _real(s.value())), None)
+        dtype = self._present_dtype()
         examples = tuple(
-            torch.zeros(
-                (),
-                dtype=dtype if like is None else like.dtype,
-                device=device if like is None else like.device,
-            ).expand(shape)
-            for shape, dtype, device in self._examples
+            torch.zeros((), dtype=dtype or given, device=device).expand(shape)
+            for shape, given, device in self._examples
         )
         message = (
             f"{what} since the network was traced, and with it what it computes: make a new BoundedModule"
@@ -167,7 +173,7 @@ def _unchanging(value: Any) -> bool:
 
 
 def _state_of(root: nn.Module) -> dict[str, Any]:
-    """By path, what a trace depends on; tensors of modules count by shape, for their values are live."""
+    """By path, what a trace depends on; tensors of modules count by shape and dtype, for their values are live."""
     state: dict[str, Any] = {name: _token(getattr(torch.nn.modules.module, name)) for name in _GLOBAL_HOOKS}
     for path, module in walk(root):
         prefix = f"{path}." if path else ""
@@ -186,9 +192,7 @@ def _token(value: Any, depth: int = 0) -> Any:
     if isinstance(value, _ATOMS):
         return value if value == value else repr(value)
     if isinstance(value, Tensor):  # of a module: read anew; in a container: by reference
-        return (
-            (tuple(value.shape), value.is_floating_point()) if depth == 0 else (_Same(value), _version(value))
-        )
+        return (tuple(value.shape), value.dtype) if depth == 0 else (_Same(value), _version(value))
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes() if value.size <= _LARGE else _Same(value)
     if depth == _DEPTH or isinstance(value, _OPAQUE):
@@ -205,10 +209,6 @@ def _token(value: Any, depth: int = 0) -> Any:
 
 def _version(value: Tensor) -> int:
     return 0 if value.is_inference() else value._version
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
 
 
 def _no_hooks() -> Any:
@@ -234,5 +234,5 @@ def _values(before: Any, now: Any) -> str:
 
 def _shown(token: Any) -> str:
     if isinstance(token, tuple) and len(token) == 2 and isinstance(token[0], tuple):
-        return f"a tensor of shape {list(token[0])}"
+        return f"{str(token[1]).removeprefix('torch.')} of shape {list(token[0])}"
     return str(token) if isinstance(token, (bool, int, float, str, _Same, type(None))) else ""

@@ -14,7 +14,7 @@ from pycert.options import memory_bytes
 __all__ = ["OnnxNetwork", "load_onnx"]
 
 #: Each registers converters of operators.
-_CONVERTERS = ("elementwise", "layers", "movement", "pooling")
+_CONVERTERS = ("elementwise", "layers", "movement", "pooling", "resizing")
 
 
 def load_onnx(

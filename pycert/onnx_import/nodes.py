@@ -152,7 +152,7 @@ HINTS = {
         ("RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial",
          "bounds of a random network mean nothing"),
         ("Equal Less LessOrEqual Greater GreaterOrEqual Not And Or", "comparisons of values cannot be bounded"),
-        ("Resize Upsample GridSample AffineGrid", "use ConvTranspose, or Expand and Reshape"),
+        ("GridSample AffineGrid", "use ConvTranspose, or Expand and Reshape"),
         ("Round Floor Ceil Mod", "steps cannot be bounded; leave them out"),
         ("ThresholdedRelu Shrink", "use Relu, LeakyRelu or Clip"),
     )
