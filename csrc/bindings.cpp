@@ -60,6 +60,24 @@ bool keep_subnormals(bool keep) {
   return true;
 }
 
+// Whether every dict still has the very keys and values that `entries` lists behind it, in order.
+bool same_entries(const py::list& dicts, const py::list& entries) {
+  const Py_ssize_t count = PyList_GET_SIZE(entries.ptr());
+  Py_ssize_t next = 0;
+  const auto is_next = [&](PyObject* found) {
+    return next < count && PyList_GET_ITEM(entries.ptr(), next++) == found;
+  };
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dicts.ptr()); ++i) {
+    PyObject* const dict = PyList_GET_ITEM(dicts.ptr(), i);
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t position = 0;
+    if (!PyDict_Check(dict) || !is_next(dict)) return false;
+    while (PyDict_Next(dict, &position, &key, &value) != 0)
+      if (!is_next(key) || !is_next(value)) return false;
+  }
+  return next == count;
+}
+
 const std::unordered_map<std::string, Op>& op_names() {
   static const std::unordered_map<std::string, Op> names = {{"input", Op::Input},
                                                             {"constant", Op::Constant},
@@ -385,6 +403,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("set_box", &IntervalWalk::set_box, py::arg("node"), py::arg("lower"), py::arg("upper"));
 
   m.def("isa", [] { return std::string(cpu::instruction_set()); }, "Instruction set of the CPU kernels in use");
+  m.def("same_entries", &same_entries, py::arg("dicts"), py::arg("entries"),
+        "Whether dicts hold the very objects that `entries` lists: each dict, then its keys and values");
   m.def("keep_subnormals", &keep_subnormals, py::arg("keep"),
         "Turns the flushing of subnormal numbers off, or what this turned off on again; whether it was on",
         py::call_guard<py::gil_scoped_release>());

@@ -410,9 +410,10 @@ class BoundedModule(nn.Module):
     # ---- arguments ----------------------------------------------------------------------------------
 
     def _tensors(self) -> list[Tensor]:
-        self._check_modules()
+        if not self._watch.holds():
+            self._check_modules()
+            self._watch.check()
         self.graph.check()
-        self._watch.check()
         with _flags.no_autocast():
             tensors = self.graph.tensors()
         if not all(math.isfinite(tensors[i].detach().sum().item()) for i in self._hidden):

@@ -7,7 +7,8 @@ change of it matters cannot be told from outside, so the network is traced again
 
 from __future__ import annotations
 
-import operator
+import collections
+import itertools
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pycert import _C
 from pycert.errors import UnsupportedOperator
 from pycert.graph.ir import Slot
 from pycert.graph.modules import walk
@@ -67,13 +69,18 @@ class Watch:
     def __init__(self, root: nn.Module, examples: tuple[Tensor, ...], graph: Graph) -> None:
         self.root, self.graph = root, graph
         self._examples = [(tuple(item.shape), item.dtype, item.device) for item in examples]
-        self._modules: list[_Glance] = []
+        self._glance: _Glance | None = None
         self._known: list[dict[str, Any]] = []
         self._keep()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was seen, which names objects by identity: a copy is traced at its first use."""
-        return {**self.__dict__, "_modules": [], "_known": []}
+        return {**self.__dict__, "_glance": None, "_known": []}
+
+    def holds(self) -> bool:
+        """Whether the modules are as they were, by a quick look."""
+        settled = self._hooks is _no_hooks() and self._dtype == self._present_dtype()
+        return settled and self._glance is not None and self._glance.holds()
 
     def check(self) -> None:
         """Traces again where the modules are not as they were; cheap where they are.
@@ -82,8 +89,7 @@ class Watch:
             RuntimeError: the network is not the one that was traced.
             UnsupportedOperator: it can no longer be traced.
         """
-        still = self._modules and self._hooks is _no_hooks() and self._dtype == self._present_dtype()
-        if still and all(seen.holds() for seen in self._modules):
+        if self.holds():
             return
         now = _state_of(self.root)
         if now not in self._known:
@@ -93,7 +99,7 @@ class Watch:
     def _keep(self, now: dict[str, Any] | None = None) -> None:
         now = _state_of(self.root) if now is None else now
         self._hooks, self._dtype = _no_hooks(), self._present_dtype()
-        self._modules = [_Glance(module) for _, module in walk(self.root)]
+        self._glance = _Glance(self.root)
         self._known = [now, *(state for state in self._known if state != now)][:_KEPT]
 
     def _present_dtype(self) -> torch.dtype | None:
@@ -128,38 +134,33 @@ class Watch:
 
 
 class _Glance:
-    """A quick look at one module: the same objects under the same names, containers with the same content."""
+    """A quick look at all modules: the same objects under the same names, containers with the same content."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._forward, self._own = module, type(module).forward, module.__dict__
-        self._names, self._values = list(self._own), list(self._own.values())
-        self._flat: list[tuple[dict[str, Any], list[Any]]] = []
-        self._empty: list[Any] = []
+    def __init__(self, root: nn.Module) -> None:
+        modules = [module for _, module in walk(root)]
+        self._owners = [(module, module.__dict__, type(module).forward) for module in modules]
+        self._dicts: list[dict[str, Any]] = []
         self._lists: list[tuple[Any, Any]] = []
         self._deep: list[tuple[Any, Any]] = []
-        for name, value in self._own.items():
-            if name in ("_parameters", "_buffers", "_modules") and value:
-                self._flat.append((value, list(value.values())))
-            elif isinstance(value, dict) and not value and name not in _IGNORED:
-                self._empty.append(value)
-            elif type(value) is list and all(isinstance(item, _ATOMS) for item in value):
-                self._lists.append((value, value.copy()))
-            elif name not in _IGNORED and not _unchanging(value):
-                self._deep.append((value, _token(value)))
+        for own in (module.__dict__ for module in modules):
+            self._dicts.append(own)
+            for name, value in own.items():
+                watched = name in ("_parameters", "_buffers", "_modules") or (
+                    not value and name not in _IGNORED
+                )
+                if type(value) in (dict, collections.OrderedDict) and watched:
+                    self._dicts.append(value)
+                elif type(value) is list and all(isinstance(item, _ATOMS) for item in value):
+                    self._lists.append((value, value.copy()))
+                elif name not in _IGNORED and not _unchanging(value):
+                    self._deep.append((value, _token(value)))
+        # as _C.same_entries reads them: each dict before its keys and values
+        self._entries = [item for d in self._dicts for item in (d, *itertools.chain.from_iterable(d.items()))]
 
     def holds(self) -> bool:
-        own = self._own
         return (
-            own is self._module.__dict__
-            and len(own) == len(self._values)
-            and all(map(operator.is_, own.values(), self._values))
-            and list(own) == self._names
-            and type(self._module).forward is self._forward
-            and not any(self._empty)
-            and all(
-                len(seen) == len(value) and all(map(operator.is_, value.values(), seen))
-                for value, seen in self._flat
-            )
+            _C.same_entries(self._dicts, self._entries)
+            and all(module.__dict__ is own and type(module).forward is f for module, own, f in self._owners)
             and all(value == seen for value, seen in self._lists)
             and all(_token(value) == seen for value, seen in self._deep)
         )
