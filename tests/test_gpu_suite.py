@@ -125,6 +125,8 @@ def small_on_the_host(monkeypatch):
         once.append(call())
         return 1e-3
 
+    for settings in (torch.backends.cuda.matmul, torch.backends.cudnn):  # which `measure` changes
+        monkeypatch.setattr(settings, "allow_tf32", False)
     monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_cases, "SHAPES", [(3, 5, 4)])
     monkeypatch.setattr(gpu_cases, "WINDOWS", [(3, 4, 2, 3)])
