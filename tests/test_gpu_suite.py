@@ -125,8 +125,6 @@ def small_on_the_host(monkeypatch):
         once.append(call())
         return 1e-3
 
-    for settings in (torch.backends.cuda.matmul, torch.backends.cudnn):  # which `measure` changes
-        monkeypatch.setattr(settings, "allow_tf32", False)
     monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_cases, "SHAPES", [(3, 5, 4)])
     monkeypatch.setattr(gpu_cases, "WINDOWS", [(3, 4, 2, 3)])
@@ -137,8 +135,10 @@ def small_on_the_host(monkeypatch):
     monkeypatch.setattr(gpu_cases.nets, "make", lambda name, batch: tiny("mlp_tiny", 2))
     monkeypatch.setattr(pycert.profiling, "measured_roofs", lambda *_: pycert.profiling.Roofs(1e9, 1e9))
     monkeypatch.setattr(gpu_cases, "about_device", lambda: {"name": "host"})
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32  # which `measure` changes
     with host_kernels.replaced():
         yield once
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def test_every_figure_can_be_measured(small_on_the_host, tmp_path):
