@@ -33,6 +33,7 @@ def way(request):
     if not PER_OPERATOR and request.param in ("products alone", "convolutions forbidden"):
         pytest.skip("this torch has no settings of single operators")
     before = settings()
+    torch.backends.cudnn.allow_tf32 = True  # as in a fresh process
     WAYS[request.param]()
     yield request.param
     if PER_OPERATOR:

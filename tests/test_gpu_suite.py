@@ -135,8 +135,10 @@ def small_on_the_host(monkeypatch):
     monkeypatch.setattr(gpu_cases.nets, "make", lambda name, batch: tiny("mlp_tiny", 2))
     monkeypatch.setattr(pycert.profiling, "measured_roofs", lambda *_: pycert.profiling.Roofs(1e9, 1e9))
     monkeypatch.setattr(gpu_cases, "about_device", lambda: {"name": "host"})
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32  # which `measure` changes
     with host_kernels.replaced():
         yield once
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def test_every_figure_can_be_measured(small_on_the_host, tmp_path):
