@@ -414,4 +414,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("testing_disable", &disable_term);
   m.def("testing_enabled", &term_enabled);
   m.def("testing_enable_all", [] { disabled_terms() = 0; });
+  m.def("testing_fail_allocation", &fail_allocation);
 }

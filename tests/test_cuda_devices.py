@@ -44,6 +44,31 @@ def test_bounds_stay_on_the_device_and_never_wait(name, method, p):
             assert bound.device.type == "cuda" and bound.shape[0] == 2
 
 
+@pytest.mark.parametrize("p", [0, 1, 2])
+@pytest.mark.parametrize("method", WITHOUT_WAITING)
+@pytest.mark.parametrize("name", NETS)
+def test_a_training_step_stays_on_the_device_and_never_waits(name, method, p):
+    """Bounds and their gradients on torch's device without memory: autograd takes no CUDA tensors without CUDA."""
+    net, x = NETS[name]()
+    bm = pycert.BoundedModule(net, torch.empty(1, *x.shape[1:]))
+
+    def step(memory: str) -> list[torch.Tensor]:
+        lower = torch.empty(2, *x.shape[1:], device="meta", requires_grad=True)
+        eps = torch.empty(2, device="meta", requires_grad=True)
+        region = (lower, lower + 1, lower, eps, p, False) if p else (lower, lower + 1, None, None, 0, False)
+        options = pycert.options.parse(method, {"memory": memory}, ())
+        native = bm._native(method, options, False, torch.device("cpu"))
+        parameters = [torch.empty(t.shape, dtype=t.dtype, device="meta", requires_grad=True) for t in bm.graph.tensors()]  # fmt: skip
+        low, high, *_ = bm._program.bound(parameters, [region], native, None)
+        (high - low).sum().backward()
+        return [lower, *parameters, *([eps] if p else [])]
+
+    assert all(leaf.grad.shape == leaf.shape and leaf.grad.device.type == "meta" for leaf in step("1GiB"))
+    if method == "crown":  # many rows: then it asks
+        with pytest.raises(NotImplementedError, match="nonzero"):
+            step("1KiB")
+
+
 class Waits(TorchDispatchMode):
     """Answers what only the device knows, with some number of rows, and keeps a list of what was asked."""
 

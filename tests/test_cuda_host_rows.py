@@ -299,7 +299,7 @@ class Reads(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "forward"])
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp", "forward", "crown"])
 @pytest.mark.parametrize("name", NETS)
 def test_a_training_step_never_waits(name, method):
     """Bounds and their gradients, as while a graph is recorded: nothing asks for a value."""
@@ -314,6 +314,114 @@ def test_a_training_step_never_waits(name, method):
         (high - low).sum().backward()
     assert reads.found == []
     assert all(p.grad is not None and p.grad.isfinite().all() for p in bm.parameters())
+
+
+def mixed_net() -> tuple[nn.Module, Tensor]:
+    """Steps of ATen on rows: a factor, pooling, a product, a layer over the last dimension, a transposed convolution."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)
+            self.gate, self.back = nn.Conv2d(3, 3, 1), nn.ConvTranspose2d(3, 2, 2, stride=2)
+            self.rows, self.last = nn.Linear(4, 4), nn.Linear(32, 5)
+            self.out = nn.Linear(5, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.norm(self.first(x)))
+            x = F.max_pool2d(x * torch.sigmoid(self.gate(x)), 2)
+            x = torch.relu(self.rows(torch.relu(self.back(x))))
+            return self.out(torch.relu(self.last(x.flatten(1))))
+
+    net = Mixed().eval()
+    with torch.no_grad():
+        net.norm.running_var.fill_(2.0)
+        net.norm.weight.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    return net, draw(2, 2, 4, 4)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN: what kernels leave out must reach nothing."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, True  # fmt: skip
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("p", [math.inf, *(pytest.param(p, marks=pytest.mark.slow) for p in (1, 2))])
+@pytest.mark.parametrize("name", ["conv", "residual", "mixed"])
+def test_gradients_without_waiting_are_those_with(name, p, poisoned):
+    """Rows that are not wanted add nothing, and their coefficients, which nobody has computed, do no harm."""
+    if name == "mixed":
+        torch.manual_seed(0)
+        net, x = mixed_net()
+        bm = pycert.BoundedModule(net.double(), x[:1])
+    else:
+        bm, x = bounded(name, torch.float64)
+
+    def gradients(within, **options):
+        leaf, eps = x.clone().requires_grad_(), torch.full((len(x),), 0.05, dtype=x.dtype, requires_grad=True)
+        with within(), LeftOut() as passes:
+            bounds = bm.bound(pycert.LpBall(leaf, eps=eps, p=p), method="crown", **options)
+            (bounds.upper - 2 * bounds.lower).sum().backward()
+        found = [
+            *(t.detach() for t in bounds),
+            leaf.grad,
+            eps.grad,
+            *(q.grad.clone() for q in bm.parameters()),
+        ]
+        bm.zero_grad()
+        return found, sum(left for left, *_ in passes.calls)
+
+    for options in ({}, {"memory": "64KiB"}):  # in the second, rows are walked again for the gradient
+        expected, none = gradients(host_kernels.replaced, **options)
+        found, left = gradients(host_kernels.captured, **options)
+        assert none == 0 and left > 0
+        assert all(t.isfinite().all() for t in found)
+        compare(expected, found, 1e-9)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_rows_that_are_left_out_have_no_gradient(window):
+    """They are not read, add nothing to what rows share, and get zeros; the others' gradients are as before."""
+    layout = WINDOWS[window]
+    size = EXTENT if layout[0] else [EXTENT[0], *layout[1:3]]
+    sample = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1, 1])
+    marked = torch.tensor([-1, 0, -1, 1, -1, -1, 0, -1, 1])
+    kept = marked >= 0
+    position = None if layout[0] else torch.stack([torch.arange(9) % 4, torch.arange(9) % 5], 1)
+    data, out = draw(9, *size, seed=8), draw(9, *size, seed=17)
+    sums, grad = draw(3, 9, seed=18), draw(2, 9, seed=19)
+    ls, li, us, ui = lines(torch.float64)
+    lower, upper = boxes(2, 90, dtype=torch.float64)
+    eps = torch.tensor([0.5, 0.25], dtype=torch.float64)
+
+    def steps(of, rows):
+        at = [None if position is None else position[rows], layout, EXTENT]
+        gradients = []
+        for wanted in ([1, 1, 1], [1, 0, 0]):
+            gradients += OPS.relax_rows_backward(out[rows], sums[:, rows], data[rows], None, 2**62, of[rows], *at, ls, li, us, ui, draw(90, seed=15), None, wanted)  # fmt: skip
+        for norm, second in ((0, upper), (1, eps), (2, eps)):
+            gradients += OPS.concretize_rows_backward(grad[:, rows], data[rows], of[rows], *at, lower, second, norm, True)  # fmt: skip
+        return gradients
+
+    everything = torch.ones(9, dtype=torch.bool)
+    with host_kernels.replaced():
+        expected = steps(sample, kept)
+        out[~kept] = sums[:, ~kept] = grad[:, ~kept] = data[~kept] = math.nan
+        found = steps(marked, everything)
+        source = torch.arange(9) % 3
+        moved = OPS.relayout_rows_backward(out, 3, source, 5, marked, *([position] if position is not None else [None]), layout, layout, EXTENT)  # fmt: skip
+    assert moved.isfinite().all()
+    of_rows = [t is not None and t.dim() > 1 and t.shape[0] == 9 for t in found]
+    assert sum(of_rows) == 5
+    for right, mine, by_row in zip(expected, found, of_rows, strict=True):
+        if by_row:
+            assert (mine[~kept] == 0).all()
+            mine = mine[kept]
+        compare((right,), (mine,), 1e-13)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

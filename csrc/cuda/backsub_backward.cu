@@ -1,5 +1,6 @@
 // Gradients of the steps of back-substitution, and the step of projected Adam. Where rows share a gradient, one thread
-// owns one element of it and adds the rows in their order: no atomic operation, the same bits every time.
+// owns one element of it and adds the rows in their order: no atomic operation, the same bits every time. Rows that are
+// left out are not read, add nothing, and have a gradient of zero themselves.
 #include "core/backsub.h"
 #include "cuda/kernels.h"
 #include "cuda/layout.cuh"
@@ -52,6 +53,7 @@ __global__ void __launch_bounds__(kThreads) relax_backward_kernel(const cpu::Rel
     if (piece.index >= n) continue;
     for (int64_t i = a.starts[piece.group]; i < a.starts[piece.group + 1]; ++i) {
       const int64_t q = a.order[i];
+      if (is_left_out(a.map.sample, q)) continue;
       const Layout layout(a.window, a.extent, a.map, q);
       const int element = layout.element_of(piece.index);
       if (element < 0) continue;
@@ -83,6 +85,10 @@ __global__ void __launch_bounds__(kThreads) concretize_rows_kernel(const cpu::Co
     const int size = layout.size();
     const T* rows = a.rows + q * size;
     T* out = a.grad_rows + q * size;
+    if (is_left_out(a.map.sample, q)) {
+      for (int k = lane; k < size; k += kTeam) out[k] = T(0);
+      return;
+    }
     const int64_t sample = a.map.sample[q], base = sample * n;
     const T grad = T(a.grad_value[q]), eps = a.norm == 0 ? T(0) : a.eps[sample];
     const double norm = a.norm == 0 ? 0 : dual_norm<T, kTeam>(a, layout, rows, lane);
@@ -160,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) relayout_backward_kernel(const cpu::
     const bool own = a.map.source == nullptr;  // row q reads table row q
     T sum = a.grad_rows[row * size + k];
     for (int64_t q = own ? row : 0; q < (own ? row + 1 : a.map.count); ++q) {
-      if (!own && a.map.source[q] != row) continue;
+      if ((!own && a.map.source[q] != row) || is_left_out(a.map.sample, q)) continue;
       const Layout from(a.from, a.extent, a.map, q), to(a.to, a.extent, a.map, q);
       const int index = from.index_of(k), element = index < 0 ? -1 : to.element_of(index);
       if (element >= 0) sum += sign_of<T>(a.map, q) * a.grad_out[q * to.size() + element];
@@ -192,7 +198,7 @@ template <typename T>
 cudaError_t relax_backward(const cpu::RelaxBackwardArgs<T>& a, cudaStream_t stream) {
   const int64_t size = row_size(a.window, a.extent), n = a.extent.numel();
   if (size > kLongestRow || n > kLongestRow) return cudaErrorInvalidValue;
-  if (a.grad_rows != nullptr && !a.window.dense) {  // padding has none
+  if (a.grad_rows != nullptr) {  // padding and rows that are left out have none
     const size_t bytes = size_t(a.map.count * size) * sizeof(T);
     const cudaError_t error = bytes == 0 ? cudaSuccess : cudaMemsetAsync(a.grad_rows, 0, bytes, stream);
     if (error != cudaSuccess) return error;

@@ -266,19 +266,21 @@ Slopes search_in_chunks(Context& context, Context& plain, const Start& start, co
   const Options& options = context.options();
   const int64_t chunk = chunk_rows(ascent_bytes(context, start.node), options.memory, kPreferredBytes);
   if (chunk >= start.count()) return search(plain, start, sound, threshold, options.ascent);
-  using Parts = std::unordered_map<int64_t, std::vector<Tensor>>;
+  std::vector<Slopes> found;
+  in_chunks(start.count(), chunk, [&](int64_t begin, int64_t end) {
+    found.push_back(search(plain, start.select(at::arange(begin, end, start.sample.options())),
+                           sound.narrow(0, begin, end - begin), threshold, options.ascent));
+  });
   std::vector<Tensor> rows, samples;
-  Parts tables, multipliers;
+  std::unordered_map<int64_t, std::vector<Tensor>> tables, multipliers;
   int64_t groups = 0;
-  in_chunks(context, start.count(), chunk, [&](int64_t begin, int64_t end) {
-    const Slopes part = search(plain, start.select(at::arange(begin, end, start.sample.options())),
-                               sound.narrow(0, begin, end - begin), threshold, options.ascent);
+  for (const Slopes& part : found) {
     rows.push_back(part.row + groups);
     samples.push_back(part.sample);
     groups += part.sample.size(0);
     for (const auto& [activation, table] : part.tables) tables[activation].push_back(table);
     for (const auto& [activation, table] : part.multipliers) multipliers[activation].push_back(table);
-  });
+  }
   Slopes out{at::cat(rows), at::cat(samples), {}, {}};
   for (const auto& [activation, parts] : tables) out.tables[activation] = at::cat(parts);
   for (const auto& [activation, parts] : multipliers) out.multipliers[activation] = at::cat(parts);

@@ -54,10 +54,18 @@ bool equal(const Window& a, const Window& b) {
          a.width == b.width;
 }
 
-// Kept out of autograd's sight, which takes no undefined tensors.
+// Kept out of autograd's sight, which takes no undefined tensors. marked: as RowIndex's.
 struct Runs {
-  Tensor starts;
+  Tensor starts, marked;
 };
+
+// Rows with zeros for those that kernels leave out, which hold anything: 0 * NaN would reach the gradients of others.
+Tensor without_left_out(const Tensor& rows, const Tensor& marked) {
+  if (!marked.defined()) return rows;
+  std::vector<int64_t> shape(size_t(rows.dim()), 1);
+  shape[0] = rows.size(0);
+  return rows.masked_fill(marked.lt(0).view(shape), 0);
+}
 
 // rows_convolution with gradient.
 struct ConvFunction : torch::autograd::Function<ConvFunction> {
@@ -65,7 +73,7 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
                         Pair padding, Pair dilation, Pair output_padding, int64_t groups, bool transposed,
                         const Runs& runs) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, w, runs.starts});
+    ctx->save_for_backward({x, w, runs.starts, runs.marked});
     const auto ints = [](const Pair& p) { return std::vector<int64_t>(p.begin(), p.end()); };
     ctx->saved_data["stride"] = ints(stride);
     ctx->saved_data["padding"] = ints(padding);
@@ -73,7 +81,8 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
     ctx->saved_data["output_padding"] = ints(output_padding);
     ctx->saved_data["groups"] = groups;
     ctx->saved_data["transposed"] = transposed;
-    return rows_convolution(x, w, {stride, padding, dilation, output_padding, groups, transposed}, runs.starts);
+    return rows_convolution(x, w, {stride, padding, dilation, output_padding, groups, transposed}, runs.starts,
+                            runs.marked);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
@@ -92,11 +101,11 @@ struct ConvFunction : torch::autograd::Function<ConvFunction> {
     if (ctx->needs_input_grad(0)) {
       ConvGeometry back{stride, padding, dilation, {0, 0}, groups, !transposed};
       if (!transposed) back.output_padding = padding_up_to(x.sizes(), grads[0].sizes(), w, back);
-      to_x = rows_convolution(grads[0], w, back, s[2]);
+      to_x = without_left_out(rows_convolution(grads[0], w, back, s[2], s[3]), s[3]);
     }
     if (ctx->needs_input_grad(1))
-      to_w = std::get<1>(at::convolution_backward(grads[0], x, w, {}, stride, padding, dilation, transposed,
-                                                  pair("output_padding"), groups, {false, true, false}));
+      to_w = std::get<1>(at::convolution_backward(grads[0], without_left_out(x, s[3]), w, {}, stride, padding, dilation,
+                                                  transposed, pair("output_padding"), groups, {false, true, false}));
     return {to_x, to_w, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -106,7 +115,7 @@ struct ProductFunction : torch::autograd::Function<ProductFunction> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& a, const Tensor& b,
                         const LiveColumns& live) {
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({b.requires_grad() ? a : Tensor(), b});
+    ctx->save_for_backward({b.requires_grad() ? a : Tensor(), b, live.marked});
     return rows_product(a, b, live);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -114,7 +123,7 @@ struct ProductFunction : torch::autograd::Function<ProductFunction> {
     PrecisionGuard guard;
     const auto s = ctx->get_saved_variables();
     return {ctx->needs_input_grad(0) ? grads[0].mm(s[1].t()) : Tensor(),
-            ctx->needs_input_grad(1) ? s[0].t().mm(grads[0]) : Tensor(), Tensor()};
+            ctx->needs_input_grad(1) ? without_left_out(s[0], s[2]).t().mm(grads[0]) : Tensor(), Tensor()};
   }
 };
 
@@ -213,7 +222,7 @@ Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const T
   PrecisionGuard guard;
   if (any_needs_grad(x, w))
     return ConvFunction::apply(x, w, g.stride, g.padding, g.dilation, g.output_padding, g.groups, g.transposed,
-                               Runs{segments});
+                               Runs{segments, marked});
   return rows_convolution(x, w, g, segments, marked);
 }
 
@@ -531,7 +540,8 @@ void Walk::constants(int64_t i, const Rows& rows, const Tensor& bias, const Tens
   const bool image = node.image() && (node.op == Op::Conv || node.op == Op::BatchNorm);
   if (!image) mine = dense(i, std::move(mine));
   const Tensor of_channels = image ? bias.view({node.shape[0], -1}).select(1, 0) : bias;
-  const Tensor value = DotFunction::apply(mine.data, of_channels, sums.select(0, 0));
+  const Tensor held = any_needs_grad(bias) ? defined(mine) : mine.data;
+  const Tensor value = DotFunction::apply(held, of_channels, sums.select(0, 0));
   sums_ = sums_ + at::cat({value.unsqueeze(0), sums.narrow(0, 1, 2)});
 }
 
@@ -748,6 +758,11 @@ Tensor Walk::marked(const Rows& rows) const {
   return index_.marked;
 }
 
+// For steps by ATen that keep the rows for a gradient.
+Tensor Walk::defined(const Rows& rows) const {
+  return at::GradMode::is_enabled() ? without_left_out(rows.data, marked(rows)) : rows.data;
+}
+
 // Runs of rows of one sample.
 void Walk::find_segments() {
   if (segments_.defined()) return;
@@ -807,7 +822,10 @@ void Walk::linear(int64_t i, Rows rows) {
   const int64_t count = rows.data.size(0);
   const bool plain = pre == 1 && !rows.source.source.defined();
   LiveColumns live = plain && rows.dead_outside == i ? live_columns(i) : LiveColumns();
-  if (plain) live.marked = marked(rows);
+  if (plain)
+    live.marked = marked(rows);
+  else if (any_needs_grad(weight))
+    rows.data = defined(rows);
   next.data = product(rows.data.reshape({count * pre, out}), weight, live).view({count, pre * in});
   next.source = rows.source;
   give(node.inputs[0], std::move(next));
@@ -880,6 +898,7 @@ void Walk::scale(int64_t i, Rows rows) {
       rows.scale = matches ? rows.scale * factor : spread(node, rows.scale) * spread(node, factor);
     return give(node.inputs[0], std::move(rows));
   }
+  if (any_needs_grad(factor)) rows.data = defined(rows);
   if (factor.numel() == 1) {
     rows.data = rows.data * factor;
   } else if (node.shape.size() > 1 && factor.numel() == node.shape[0] && factor.numel() != node.numel) {
@@ -968,10 +987,10 @@ void Walk::bilinear(int64_t i, Rows rows) {
   underflow(node.inputs[0], double(width));
   underflow(node.inputs[1], double(height));
   rows = own(i, dense(i, std::move(rows)));
-  const Tensor flat = rows.data.flatten(1), positive = flat.clamp_min(0), negative = flat.clamp_max(0);
+  const Tensor flat = defined(rows).flatten(1), positive = flat.clamp_min(0), negative = flat.clamp_max(0);
   const auto of_rows = [&](const Tensor& t) { return t.flatten(1).index_select(0, index_.sample); };
   const auto weighed = [&](const Tensor& coefficients, const Tensor& constants) {  // 0 * inf counts as nothing
-    return at::where(coefficients.eq(0), 0.0, coefficients.to(at::kDouble) * of_rows(constants));
+    return coefficients.to(at::kDouble) * of_rows(constants).masked_fill(coefficients.eq(0), 0);
   };
   add_constant(weighed(positive, planes.lower) + weighed(negative, planes.upper), 0);
   Rows left, right;
@@ -1010,12 +1029,12 @@ void Walk::pool(int64_t i, Rows rows) {
   constants(i, rows, {}, context_.charge(i, centred_));
   underflow(node.inputs[0], double(node.pool_index.size(1)));
   rows = own(i, dense(i, std::move(rows)));
-  const Tensor flat = rows.data.flatten(1), positive = flat.clamp_min(0), negative = flat.clamp_max(0);
+  const Tensor flat = defined(rows).flatten(1), positive = flat.clamp_min(0), negative = flat.clamp_max(0);
   const auto of_rows = [&](const Tensor& t) { return t.index_select(0, index_.sample); };
   const Tensor parts = positive.unsqueeze(-1) * of_rows(lines.lower) + negative.unsqueeze(-1) * of_rows(lines.upper);
   // 0 * inf of an unbounded ceiling counts as nothing
   const Tensor ceiling = of_rows(lines.constant);
-  Tensor term = at::where(negative.eq(0), 0.0, negative * ceiling).to(at::kDouble);
+  Tensor term = (negative * ceiling.masked_fill(negative.eq(0), 0)).to(at::kDouble);
   if (lines.lower_constant.defined()) term = term + (positive * of_rows(lines.lower_constant)).to(at::kDouble);
   const double slack = context_.dtype() == at::kFloat ? 0x1p-24 : 0x1p-53;
   add_constant(term, context_.sound() ? 2 * slack : 0);

@@ -80,6 +80,7 @@ class Walk {
   LiveColumns live_columns(int64_t value);
   Tensor alike(const Rows& rows);
   Tensor marked(const Rows& rows) const;
+  Tensor defined(const Rows& rows) const;
   bool relax_at_once(int64_t input, const Lines& lines, const Rows& rows, const RowIndex& index, const Tensor& bias,
                      const Tensor& charge, const Tensor& lower_row);
   bool convolve_at_once(int64_t input, const Lines& lines, const Rows& rows, const RowIndex& index, const Tensor& bias,
@@ -153,8 +154,9 @@ struct RowCost {
 };
 RowCost row_cost(const Context& context, int64_t start, bool unit_rows, bool stop_at_activations);
 
-// Calls f(begin, end) over [0, count) in chunks; halves the chunk when memory runs out.
-void in_chunks(Context& context, int64_t count, int64_t chunk, const std::function<void(int64_t, int64_t)>& f);
+// Calls f(begin, end) over [0, count) in chunks; halves the chunk when memory runs out. f gives its results away in one
+// step, its last, so that what failed leaves nothing behind.
+void in_chunks(int64_t count, int64_t chunk, const std::function<void(int64_t, int64_t)>& f);
 
 // Rows of a chunk, for a budget and a size that is preferred, both in bytes.
 int64_t chunk_rows(double bytes_per_row, int64_t memory, int64_t preferred);

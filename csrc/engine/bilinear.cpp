@@ -86,8 +86,10 @@ Tensor Context::lost_products(const Node& node) {
 // above is that of x (-y) below. Slopes are rounded as they come, the constants are least values at corners for the
 // slopes as they are.
 const Planes& Context::planes(int64_t i) {
-  auto [found, fresh] = planes_.try_emplace(i);
-  if (!fresh) return found->second;
+  return once(planes_, i, [&] { return planes_of(i); });
+}
+
+Planes Context::planes_of(int64_t i) const {
   const Node& node = program_.node(i);
   const Factors a = factors(*this, node);
   const Tensor x_mid = (a.x_lower + a.x_upper) / 2, y_mid = (a.y_lower + a.y_upper) / 2;
@@ -101,7 +103,7 @@ const Planes& Context::planes(int64_t i) {
   const Tensor above = at::clamp((x_share - y_share) / -2, -0.5, 0.5);
   const Tensor finite = (x_width + y_width).isfinite();  // of infinite boxes only constants are left
   const auto slope = [&](const Tensor& s) { return at::where(finite, s, 0.0).to(dtype_); };
-  Planes& out = found->second;
+  Planes out;
   out.lower_x = slope(y_mid + below * y_width);
   out.lower_y = slope(x_mid + below * x_width);
   out.upper_x = slope(y_mid - above * y_width);
@@ -128,11 +130,12 @@ const Planes& Context::planes(int64_t i) {
 
 // z - c_z >= k_x (x - c_x) + k_y (y - c_y) + (k_x c_x + k_y c_y + t - c_z), an identity in the centres.
 const Planes& Context::centred_planes(int64_t i) {
-  auto [found, fresh] = centred_planes_.try_emplace(i);
-  if (!fresh) return found->second;
+  return once(centred_planes_, i, [&] { return moved_planes(i, planes(i)); });
+}
+
+Planes Context::moved_planes(int64_t i, const Planes& plain) const {
   const Node& node = program_.node(i);
   const auto [parts, height, terms, width] = node.bilinear;
-  const Planes& plain = planes(i);
   const Tensor x = centre(node.inputs[0]).to(at::kDouble).view({batch_, parts, height, terms, 1});
   const Tensor y = centre(node.inputs[1]).to(at::kDouble).view({batch_, parts, 1, terms, width});
   const Tensor z = centre(i).to(at::kDouble);
@@ -143,10 +146,10 @@ const Planes& Context::centred_planes(int64_t i) {
     const Tensor size = (by_x.abs() + by_y.abs()).sum(3).flatten(1) + constant.abs() + z.abs();
     return at::where(constant.isfinite(), at - size * (slack * sign), constant);
   };
-  found->second = plain;
-  found->second.lower = moved(plain.lower_x, plain.lower_y, plain.lower, 1);
-  found->second.upper = moved(plain.upper_x, plain.upper_y, plain.upper, -1);
-  return found->second;
+  Planes out = plain;
+  out.lower = moved(plain.lower_x, plain.lower_y, plain.lower, 1);
+  out.upper = moved(plain.upper_x, plain.upper_y, plain.upper, -1);
+  return out;
 }
 
 // Coefficients are sums over a row or column of products with slopes; an execution sums K products.

@@ -41,7 +41,7 @@ struct Sides {
 
 }  // namespace
 
-void in_chunks(Context& context, int64_t count, int64_t chunk, const std::function<void(int64_t, int64_t)>& f) {
+void in_chunks(int64_t count, int64_t chunk, const std::function<void(int64_t, int64_t)>& f) {
   chunk = std::max<int64_t>(1, std::min(chunk, count));
   for (int64_t begin = 0; begin < count;) {
     const int64_t end = std::min(count, begin + chunk);
@@ -49,7 +49,6 @@ void in_chunks(Context& context, int64_t count, int64_t chunk, const std::functi
       f(begin, end);
     } catch (const std::bad_alloc&) {
       if (chunk == 1) throw;
-      context.forget_caches();
       chunk /= 2;
       continue;
     } catch (const c10::Error& error) {
@@ -57,7 +56,6 @@ void in_chunks(Context& context, int64_t count, int64_t chunk, const std::functi
       const bool memory =
           what.find("allocate memory") != std::string::npos || what.find("out of memory") != std::string::npos;
       if (!memory || chunk == 1) throw;
-      context.forget_caches();
       chunk /= 2;
       continue;
     }
@@ -244,6 +242,13 @@ bool only_relus_read(const Program& program, int64_t i) {
          std::all_of(consumers.begin(), consumers.end(), [&](int64_t c) { return program.node(c).op == Op::Relu; });
 }
 
+// Of one row of a hidden layer: those of its walk, and of all that is kept for its gradient. On the processor a chunk
+// is small beside any budget.
+double hidden_row_bytes(const Context& context, int64_t i) {
+  const double bytes = row_cost(context, i, true, false).bytes;
+  return context.grad() && !context.device().is_cpu() ? std::max(bytes, ascent_bytes(context, i)) : bytes;
+}
+
 // A number of each row of an image that orders them by sample, then pixel, then channel.
 Tensor place_of(const Node& node, const Tensor& sample, const Tensor& element) {
   const int64_t pixels = node.shape[1] * node.shape[2];
@@ -255,10 +260,10 @@ Tensor place_of(const Node& node, const Tensor& sample, const Tensor& element) {
 // Finding out how many rows are unstable waits for the device. Where all rows fit at once and are few, or the calls are
 // recorded into a graph, all are made instead, and kernels leave out those that are not wanted.
 bool Context::waits_for_rows(int64_t i) const {
-  if (grad_ || options_.ascent.intermediate || record::on()) return true;
+  if (options_.ascent.intermediate || record::on()) return true;
   if (is_captured(device(), dtype_)) return false;
   if (device().is_cpu()) return true;
-  const double bytes = 2 * row_cost(*this, i, true, false).bytes * double(batch_ * program_.node(i).numel);
+  const double bytes = 2 * hidden_row_bytes(*this, i) * double(batch_ * program_.node(i).numel);
   return bytes > double(std::min(kBytesWithoutWaiting, options_.memory));
 }
 
@@ -294,29 +299,33 @@ void Context::refine(int64_t i, bool all) {
     element = element.index_select(0, order);
   }
   const record::Bounding bounding(node.label, 2 * sample.size(0), batch_ * node.numel);
-  const RowCost cost = row_cost(*this, i, true, false);
   const double threshold = only_sign_matters(program_, i) ? 0 : std::numeric_limits<double>::infinity();
-  const int64_t chunk = chunk_rows(2 * cost.bytes, options_.memory, preferred_bytes(*this, kChunkBytes));
+  const int64_t chunk =
+      chunk_rows(2 * hidden_row_bytes(*this, i), options_.memory, preferred_bytes(*this, kChunkBytes));
   const bool recompute = grad_ && sample.size(0) > chunk;
-  std::vector<Tensor> lowers, uppers;
-  in_chunks(*this, sample.size(0), chunk, [&](int64_t begin, int64_t end) {
+  std::vector<Tensor> found;  // of each chunk, its upper rows behind its lower ones
+  in_chunks(sample.size(0), chunk, [&](int64_t begin, int64_t end) {
     const Tensor s = sample.narrow(0, begin, end - begin), e = element.narrow(0, begin, end - begin);
     Start start;
     start.node = i;
     start.sample = twice(s, true);
     if (wanted.defined())
       start.marked = twice(at::where(wanted.narrow(0, begin, end - begin), s, -1), true);
-    else if (!device().is_cpu())
+    else if (!device().is_cpu() && !grad_)
       start.marked = start.sample;
     start.by_sign = !grad_ && !whole_boxes_ && !all && only_relus_read(program_, i);
     start.element = twice(e, true);
     start.negative_from = end - begin;
-    const Tensor values = options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
-                          : recompute                  ? recomputed_walk(*this, start)
-                                                       : walk(*this, start, false, false).lower;
-    lowers.push_back(values.narrow(0, 0, end - begin));
-    uppers.push_back(-values.narrow(0, end - begin, end - begin));
+    found.push_back(options_.ascent.intermediate ? ascend(*this, start, false, threshold).lower
+                    : recompute                  ? recomputed_walk(*this, start)
+                                                 : walk(*this, start, false, false).lower);
   });
+  std::vector<Tensor> lowers, uppers;
+  for (const Tensor& values : found) {
+    const int64_t rows = values.size(0) / 2;
+    lowers.push_back(values.narrow(0, 0, rows));
+    uppers.push_back(-values.narrow(0, rows, rows));
+  }
   Tensor lower = at::cat(lowers), upper = at::cat(uppers);
   const Tensor flat_lower = old_lower.reshape({batch_, -1}), flat_upper = old_upper.reshape({batch_, -1});
   if (all || options_.intersect || node.op == Op::Limit) {
@@ -360,10 +369,8 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
   else if (options.ascent.iterations == 0 && !given)  // what is kept for the gradient
     chunk = chunk_rows(double(sides.copies()) * ascent_bytes(context, output), memory, memory);
   const bool recompute = context.grad() && chunk < total && !stop_at_activations && !keep_linear;
-  std::vector<Tensor> lowers, uppers, low_constants, up_constants;
-  const size_t inputs = size_t(context.program().input_count());
-  std::vector<std::vector<Tensor>> low_A(inputs), up_A(inputs);
-  in_chunks(context, total, chunk, [&](int64_t begin, int64_t end) {
+  std::vector<WalkResult> results;
+  in_chunks(total, chunk, [&](int64_t begin, int64_t end) {
     const int64_t rows_here = end - begin;
     const Tensor row = at::arange(begin, end, context.index_options());
     Start start;
@@ -381,10 +388,16 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
     }
     const Ascent& ascent = options.ascent;
     if (given) start.number = sides.both ? at::cat({row, row + total}) : row;
-    const WalkResult result = recompute ? WalkResult{recomputed_walk(context, start), {}, {}}
-                              : (ascent.iterations > 0 || given) && !stop_at_activations
-                                  ? ascend(context, start, keep_linear, ascent.threshold)
-                                  : walk(context, start, stop_at_activations, keep_linear);
+    results.push_back(recompute ? WalkResult{recomputed_walk(context, start), {}, {}}
+                      : (ascent.iterations > 0 || given) && !stop_at_activations
+                          ? ascend(context, start, keep_linear, ascent.threshold)
+                          : walk(context, start, stop_at_activations, keep_linear));
+  });
+  std::vector<Tensor> lowers, uppers, low_constants, up_constants;
+  const size_t inputs = size_t(context.program().input_count());
+  std::vector<std::vector<Tensor>> low_A(inputs), up_A(inputs);
+  for (const WalkResult& result : results) {
+    const int64_t rows_here = result.lower.size(0) / sides.copies();
     const auto take = [&](const Tensor& t, bool upper) {
       if (!t.defined()) return t;
       const Tensor part = sides.both ? t.narrow(0, upper ? rows_here : 0, rows_here) : t;
@@ -400,7 +413,7 @@ BoundsResult walk_output(Context& context, const std::optional<Spec>& spec, bool
     };
     if (side != Side::Upper) collect(false, lowers, low_constants, low_A);
     if (side != Side::Lower) collect(true, uppers, up_constants, up_A);
-  });
+  }
   const auto join = [](const std::vector<Tensor>& parts, at::IntArrayRef shape) {
     if (parts.empty()) return Tensor();
     return (parts.size() == 1 ? parts[0] : at::cat(parts)).view(shape);
@@ -504,7 +517,8 @@ std::pair<double, double> Context::estimate(const std::optional<Spec>& spec) {
       widest = std::max(widest, element * (double(w.numel()) + 4 * batch * double(node.numel)));
     }
   }
-  const auto walk = [&](int64_t start, double rows, bool unit, int64_t copies, bool stop, int64_t preferred) {
+  const auto walk = [&](int64_t start, double rows, double made, bool unit, int64_t copies, bool stop,
+                        int64_t preferred) {
     const RowCost cost = row_cost(*this, start, unit, stop);
     const bool found = asked.ascent.iterations > 0 && !stop &&
                        (start == program_.output() || asked.ascent.intermediate);  // by ascent: forth and back
@@ -512,14 +526,17 @@ std::pair<double, double> Context::estimate(const std::optional<Spec>& spec) {
     flops += rows * double(copies) * cost.flops * times;
     const double row = double(copies) * (found ? ascent_bytes(*this, start) : cost.bytes);
     const int64_t chunk = chunk_rows(row, options_.memory, preferred_bytes(*this, preferred));
-    chunk_bytes = std::max(chunk_bytes, row * std::min(rows, double(chunk)));
+    chunk_bytes = std::max(chunk_bytes, row * std::min(made, double(chunk)));
   };
   if (options_.method == Method::Crown)
-    for (int64_t i : program_.preactivations())
-      if (!program_.node(i).interval_exact) walk(i, double(unstable(i).size(0)), true, 2, false, kChunkBytes);
+    for (int64_t i : program_.preactivations()) {
+      if (program_.node(i).interval_exact) continue;
+      const double rows = double(unstable(i).size(0));  // those that are left out take memory alone
+      walk(i, rows, waits_for_rows(i) ? rows : batch * double(program_.node(i).numel), true, 2, false, kChunkBytes);
+    }
   if (!ibp || spec.has_value()) {
     const double rows = batch * double(spec.has_value() ? spec->count : program_.node(program_.output()).numel);
-    walk(program_.output(), rows, !spec.has_value(), options_.side == Side::Both ? 2 : 1, ibp, kChunkBytes * 4);
+    walk(program_.output(), rows, rows, !spec.has_value(), options_.side == Side::Both ? 2 : 1, ibp, kChunkBytes * 4);
   }
   return {held + std::max(widest, chunk_bytes), flops};
 }

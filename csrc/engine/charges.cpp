@@ -33,16 +33,14 @@ std::array<Tensor, 3> affine_products(const Node& node, const Tensor& weight, co
 }  // namespace
 
 const Magnitudes& Context::sizes(int64_t i) {
-  auto [found, fresh] = sizes_.try_emplace(i);
-  if (fresh) {
+  return once(sizes_, i, [&] {
     const auto& [lower, upper] = box(i);
     const Node& node = program_.node(i);
     int64_t length = node.numel;  // a linear layer's sum runs over the last dimension
     for (int64_t c : node.consumers)
       if (program_.node(c).op == Op::Linear) length = node.shape.back();
-    found->second = magnitudes(lower, upper, std::max<int64_t>(1, length));
-  }
-  return found->second;
+    return magnitudes(lower, upper, std::max<int64_t>(1, length));
+  });
 }
 
 Tensor Context::absolute(int64_t i) { return sizes(i).size.reshape({batch_, -1}); }
@@ -53,31 +51,25 @@ Tensor Context::absolute_sum(int64_t i) {
 }
 
 Tensor Context::radius(int64_t i) {
-  auto [found, fresh] = radius_.try_emplace(i);
-  if (fresh) {
+  return once(radius_, i, [&] {
     at::NoGradGuard no_grad;
     const Tensor lower = std::get<0>(box(i)).reshape({batch_, -1}), upper = std::get<1>(box(i)).reshape({batch_, -1});
     const Tensor reach = at::maximum((upper - centre(i)).abs(), (centre(i) - lower).abs());
-    found->second = reach * (1 + 4 * own_gamma(1));
-  }
-  return found->second;
+    return reach * (1 + 4 * own_gamma(1));
+  });
 }
 
 Tensor Context::radius_sum(int64_t i) {
-  auto [found, fresh] = radius_sums_.try_emplace(i);
-  if (fresh) found->second = radius(i).sum(1, false, at::kDouble);
-  return found->second;
+  return once(radius_sums_, i, [&] { return radius(i).sum(1, false, at::kDouble); });
 }
 
 const Box& Context::centred_box(int64_t i) {
-  auto [found, fresh] = centred_boxes_.try_emplace(i);
-  if (fresh) {
+  return once(centred_boxes_, i, [&]() -> Box {
     const auto flat = [&](const Tensor& t) { return t.reshape({batch_, -1}).to(at::kDouble); };
     const Tensor at = centre(i).to(at::kDouble), low = flat(std::get<0>(box(i))) - at,
                  high = at - flat(std::get<1>(box(i)));
-    found->second = {lower_end(low, low.abs() * 0x1p-52, dtype_), -lower_end(high, high.abs() * 0x1p-52, dtype_)};
-  }
-  return found->second;
+    return {lower_end(low, low.abs() * 0x1p-52, dtype_), -lower_end(high, high.abs() * 0x1p-52, dtype_)};
+  });
 }
 
 // ||s||^2 over what each output reads, and how many of those values are not zero: [2, R, groups, inner].
@@ -162,9 +154,10 @@ Tensor Context::affine_charge(const Node& node, int64_t i, bool centred) {
 
 Tensor Context::charge(int64_t i, bool centred) {
   if (!sound()) return {};
-  auto [found, fresh] = charges_.try_emplace(2 * i + (centred ? 1 : 0));
-  if (!fresh) return found->second;
-  Tensor& kept = found->second;  // stays where it is when charges of other nodes are added
+  return once(charges_, 2 * i + (centred ? 1 : 0), [&] { return charge_of(i, centred); });
+}
+
+Tensor Context::charge_of(int64_t i, bool centred) {
   at::NoGradGuard no_grad;
   const Node& node = program_.node(i);
   const auto roundings = [&](double own, double network) {
@@ -249,23 +242,19 @@ Tensor Context::charge(int64_t i, bool centred) {
     const Tensor rest = centre(i).abs() * (2 * (dtype_ == at::kFloat ? 0x1p-24 : 0x1p-53));  // the centre's rounding
     e = e.defined() ? e + rest : rest;
   }
-  if (e.defined()) e = e.contiguous();
-  kept = e;
-  return e;
+  return e.defined() ? e.contiguous() : e;
 }
 
 // |z|, or |z - centre|, of the rounding of coefficient * slope, with the charge of the affine node itself where both
 // are taken at once.
 Tensor Context::relax_charge(int64_t i, bool with_node, bool centred) {
   if (!sound()) return {};
-  auto [found, fresh] = relax_charges_.try_emplace(4 * i + (with_node ? 1 : 0) + (centred ? 2 : 0));
-  if (fresh) {
+  return once(relax_charges_, 4 * i + (with_node ? 1 : 0) + (centred ? 2 : 0), [&] {
     at::NoGradGuard no_grad;
     const double factor = enabled(Term::BacksubOwn) ? own_gamma(3) : 0;
     const Tensor size = centred ? radius(i) : absolute(i), node = with_node ? charge(i, centred) : Tensor();
-    found->second = (node.defined() ? at::add(node, size, factor) : size * factor).mul_(1 + 1e-6);
-  }
-  return found->second;
+    return (node.defined() ? at::add(node, size, factor) : size * factor).mul_(1 + 1e-6);
+  });
 }
 
 }  // namespace pycert::engine

@@ -114,7 +114,6 @@ class Context {
   BoundsResult bound(const std::optional<Spec>& spec);
   Tensor loss_bound(const Spec& spec);  // loss.cpp: [B], upper bounds of the cross entropy of the margins `spec`
   void set_box(int64_t i, Box box) { boxes_[size_t(i)] = std::move(box); }
-  void forget_caches();  // what was being computed when memory ran out must not count as computed
   std::vector<std::pair<int64_t, Box>> layer_bounds();
   std::pair<double, double> estimate(const std::optional<Spec>& spec);  // peak bytes, FLOPs
 
@@ -194,6 +193,11 @@ class Context {
   struct Plain {};
   Context(const Context& other, Plain);
   const Lines& flattest_lines(int64_t activation);
+  PoolLines lines_of_pool(int64_t pool) const;
+  PoolLines moved_lines(int64_t pool, const PoolLines& plain) const;  // for values less their centres
+  Planes planes_of(int64_t i) const;
+  Planes moved_planes(int64_t i, const Planes& plain) const;
+  Tensor charge_of(int64_t i, bool centred);
   Tensor moved_intercept(int64_t activation, const Tensor& slope, const Tensor& intercept, const Tensor& sample,
                          double sign);
   BoundsResult bound_where_defined(const std::optional<Spec>& spec);
@@ -242,6 +246,15 @@ class Context {
   std::unordered_map<int64_t, Box> centred_boxes_;
   bool whole_boxes_ = false;  // boxes are asked for, not only what follows from them
 };
+
+// cache[key], by make() where it is not there yet. What is in a cache is complete: running out of memory within make()
+// leaves none of it behind, and make() may fill other entries.
+template <typename Cache, typename Make>
+const typename Cache::mapped_type& once(Cache& cache, int64_t key, const Make& make) {
+  if (const auto found = cache.find(key); found != cache.end()) return found->second;
+  typename Cache::mapped_type made = make();
+  return cache.emplace(key, std::move(made)).first->second;
+}
 
 // Bounds by linear functions of the input that are propagated forward (linear_forward.cpp).
 BoundsResult forward_bound(Context& context, const std::optional<Spec>& spec);

@@ -472,14 +472,4 @@ void Context::intersect_with_rule(int64_t i) {
   boxes_[size_t(i)] = {at::maximum(lower, std::get<0>(other.box(i))), at::minimum(upper, std::get<1>(other.box(i)))};
 }
 
-void Context::forget_caches() {
-  for (auto* cache : {&lines_, &relu_lines_, &flattest_lines_, &centred_lines_}) cache->clear();
-  for (auto* cache : {&pool_lines_, &centred_pool_lines_}) cache->clear();
-  for (auto* cache : {&planes_, &centred_planes_}) cache->clear();
-  for (auto* cache : {&radius_, &radius_sums_, &charges_, &relax_charges_}) cache->clear();
-  centred_boxes_.clear();
-  sizes_.clear();
-  live_.clear();
-}
-
 }  // namespace pycert::engine

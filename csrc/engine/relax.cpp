@@ -30,26 +30,22 @@ int64_t relaxed_value(const Node& node) { return is_pair(node) ? node.inputs[2] 
 }  // namespace
 
 const Lines& Context::relu_lines(int64_t value) {
-  auto [found, fresh] = relu_lines_.try_emplace(value);
-  if (fresh) {
+  return once(relu_lines_, value, [&] {
     const auto& [l, u] = box(value);
     auto [ls, us, ui] = relu_relaxation(flat(l), flat(u), options_.slope);
-    found->second = {ls, {}, us, ui, true};
-  }
-  return found->second;
+    return Lines{ls, {}, us, ui, true};
+  });
 }
 
 LiveColumns Context::live_columns(int64_t value, const Tensor& segments, const std::vector<int64_t>& samples,
                                   double share) {
-  auto [found, fresh] = live_.try_emplace(value);
-  if (fresh) {
+  const auto& [columns, starts] = once(live_, value, [&]() -> std::array<Tensor, 2> {
     const Lines& lines = relu_lines(value);
     const Tensor live = lines.upper_slope.ne(0).logical_or_(lines.lower_slope.ne(0));
     const Tensor starts = at::zeros({batch_ + 1}, at::kLong);
     starts.narrow(0, 1, batch_).copy_(live.sum(1).cumsum(0));
-    found->second = {live.nonzero().select(1, 1).contiguous(), starts};
-  }
-  const auto& [columns, starts] = found->second;
+    return {live.nonzero().select(1, 1).contiguous(), starts};
+  });
   if (double(columns.size(0)) > share * double(batch_ * program_.node(value).numel)) return {};
   std::vector<Tensor> parts;
   std::vector<int64_t> ends{0};
@@ -64,27 +60,27 @@ LiveColumns Context::live_columns(int64_t value, const Tensor& segments, const s
 const Lines& Context::lines(int64_t activation) {
   const Node& node = program_.node(activation);
   if (node.op == Op::Relu) return relu_lines(node.inputs[0]);
-  auto [found, fresh] = lines_.try_emplace(activation);
-  if (!fresh) return found->second;
-  const auto& [l, u] = box(node.inputs[0]);
-  if (node.op == Op::Custom) {
-    TORCH_CHECK_VALUE(bool(options_.custom_lines), "bound: no callback for the custom activation '", node.name, "'");
-    const auto out = options_.custom_lines(node.name, l, u, options_.slope, deployed());
-    found->second = {flat(out[0]), flat(out[1]), flat(out[2]), flat(out[3])};
-  } else {
+  return once(lines_, activation, [&]() -> Lines {
+    const auto& [l, u] = box(node.inputs[0]);
+    if (node.op == Op::Custom) {
+      TORCH_CHECK_VALUE(bool(options_.custom_lines), "bound: no callback for the custom activation '", node.name, "'");
+      const auto out = options_.custom_lines(node.name, l, u, options_.slope, deployed());
+      return {flat(out[0]), flat(out[1]), flat(out[2]), flat(out[3])};
+    }
     auto [ls, li, us, ui] = activation_lines(l, u, kind_of(node.op), optional_of(param(node, 0)), first_number(node),
                                              second_number(node), options_.slope, deployed());
-    found->second = {flat(ls), flat(li), flat(us), flat(ui)};
-  }
-  return found->second;
+    return {flat(ls), flat(li), flat(us), flat(ui)};
+  });
 }
 
 // max(x) >= x_j with j the element of the greatest lower end, and with L = l_j
 // max(x) <= L + sum_k relu(x_k - L) <= x_j + sum_{k != j} s_k (x_k - l_k),  s_k = (u_k - L) / (u_k - l_k) where u_k >
 // L; or the constant max u, whichever is less at the centre of the box.
 const PoolLines& Context::pool_lines(int64_t pool) {
-  auto [found, fresh] = pool_lines_.try_emplace(pool);
-  if (!fresh) return found->second;
+  return once(pool_lines_, pool, [&] { return lines_of_pool(pool); });
+}
+
+PoolLines Context::lines_of_pool(int64_t pool) const {
   const Node& node = program_.node(pool);
   const double infinity = std::numeric_limits<double>::infinity();
   const Tensor padding = node.pool_index.lt(0);
@@ -108,9 +104,8 @@ const PoolLines& Context::pool_lines(int64_t pool) {
   const Tensor endless = upper.gt(highest).logical_and(chosen.eq(0)).logical_and(lower.eq(-infinity)).any(-1);
   const Tensor flat_is_better =
       (options_.flat_pools ? crossing.any(-1) : middle.lt(ceiling).logical_not()).logical_or(endless);
-  found->second = {chosen, at::where(flat_is_better.unsqueeze(-1), 0.0, slope + chosen),
-                   at::where(flat_is_better, ceiling, constant), Tensor()};
-  return found->second;
+  return {chosen, at::where(flat_is_better.unsqueeze(-1), 0.0, slope + chosen),
+          at::where(flat_is_better, ceiling, constant), Tensor()};
 }
 
 // The intercept of a line for value - centre: slope (x - c) + moved, moved = slope c + intercept - (centre of the
@@ -134,13 +129,12 @@ Tensor Context::moved_intercept(int64_t activation, const Tensor& slope, const T
 }
 
 const Lines& Context::centred_lines(int64_t activation) {
-  auto [found, fresh] = centred_lines_.try_emplace(activation);
-  if (!fresh) return found->second;
-  const Node& node = program_.node(activation);
-  const Lines& plain = is_pair(node) ? relu_lines(node.inputs[2]) : lines(activation);
-  found->second = {plain.lower_slope, moved_intercept(activation, plain.lower_slope, plain.lower_intercept, {}, 1),
-                   plain.upper_slope, moved_intercept(activation, plain.upper_slope, plain.upper_intercept, {}, -1)};
-  return found->second;
+  return once(centred_lines_, activation, [&]() -> Lines {
+    const Node& node = program_.node(activation);
+    const Lines& plain = is_pair(node) ? relu_lines(node.inputs[2]) : lines(activation);
+    return {plain.lower_slope, moved_intercept(activation, plain.lower_slope, plain.lower_intercept, {}, 1),
+            plain.upper_slope, moved_intercept(activation, plain.upper_slope, plain.upper_intercept, {}, -1)};
+  });
 }
 
 // ---- free lower slopes -------------------------------------------------------------------------------------------
@@ -156,14 +150,13 @@ bool Context::has_free_slope(int64_t activation) const {
 // Lines with the lower slope nearest to 0. The intercept covers what the network's own rounding takes from f, which is
 // most for the steepest side before the kink: it holds for every slope between that one and 1.
 const Lines& Context::flattest_lines(int64_t activation) {
-  auto [found, fresh] = flattest_lines_.try_emplace(activation);
-  if (!fresh) return found->second;
-  const Node& node = program_.node(activation);
-  const auto& [l, u] = box(node.inputs[0]);
-  auto [ls, li, us, ui] = activation_lines(l, u, kind_of(node.op), optional_of(param(node, 0)), first_number(node),
-                                           second_number(node), int64_t(Slope::Zero), deployed());
-  found->second = {flat(ls), flat(li), flat(us), flat(ui)};
-  return found->second;
+  return once(flattest_lines_, activation, [&]() -> Lines {
+    const Node& node = program_.node(activation);
+    const auto& [l, u] = box(node.inputs[0]);
+    auto [ls, li, us, ui] = activation_lines(l, u, kind_of(node.op), optional_of(param(node, 0)), first_number(node),
+                                             second_number(node), int64_t(Slope::Zero), deployed());
+    return {flat(ls), flat(li), flat(us), flat(ui)};
+  });
 }
 
 SlopeRange Context::slope_range(int64_t activation) {
@@ -189,10 +182,11 @@ Tensor Context::free_intercept(int64_t activation, const Tensor& slopes, const T
 }
 
 const PoolLines& Context::centred_pool_lines(int64_t pool) {
-  auto [found, fresh] = centred_pool_lines_.try_emplace(pool);
-  if (!fresh) return found->second;
+  return once(centred_pool_lines_, pool, [&] { return moved_lines(pool, pool_lines(pool)); });
+}
+
+PoolLines Context::moved_lines(int64_t pool, const PoolLines& plain) const {
   const Node& node = program_.node(pool);
-  const PoolLines& plain = pool_lines(pool);
   const auto exact = [](const Tensor& t) { return t.to(at::kDouble); };
   const Tensor result = exact(centre(pool));
   const Tensor all = exact(centre(node.inputs[0])).index_select(1, node.pool_index.clamp_min(0).flatten());
@@ -206,8 +200,7 @@ const PoolLines& Context::centred_pool_lines(int64_t pool) {
     }
     return lower_end(at * sign, size * (double(windows.size(2)) * 0x1p-50), dtype_) * sign;
   };
-  found->second = {plain.lower, plain.upper, moved(plain.upper, plain.constant, -1), moved(plain.lower, {}, 1)};
-  return found->second;
+  return {plain.lower, plain.upper, moved(plain.upper, plain.constant, -1), moved(plain.lower, {}, 1)};
 }
 
 }  // namespace pycert::engine

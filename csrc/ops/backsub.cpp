@@ -322,16 +322,13 @@ Tensor concretize_on_device(const Tensor& rows, const OptionalTensor& source, in
   return out;
 }
 
-// Rows sorted by group, and where each group's begin.
+// Rows sorted by group, and where each group's begin; those of group -1, which are left out, stand before the first.
 std::pair<Tensor, Tensor> by_group(const Tensor& group, int64_t groups) {
   const Tensor order = at::argsort(group, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  Tensor starts = at::zeros({groups + 1}, group.options());
+  if (group.is_cpu()) return {order, at::bincount(group + 1, {}, groups + 1).cumsum(0)};
   // on other devices counting would wait for the largest value
-  starts.narrow(0, 1, groups)
-      .copy_(group.is_cpu() ? at::bincount(group, {}, groups).cumsum(0)
-                            : at::searchsorted(group.index_select(0, order), at::arange(groups, group.options()),
-                                               /*out_int32=*/false, /*right=*/true));
-  return {order, starts};
+  return {order, at::searchsorted(group.index_select(0, order), at::arange(-1, groups, group.options()),
+                                  /*out_int32=*/false, /*right=*/true)};
 }
 
 // Every row a group of its own.

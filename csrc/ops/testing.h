@@ -1,4 +1,5 @@
 // Switches that take one term of the error analysis out, so that tests can show that it is needed. All on by default.
+// And allocations that fail.
 #pragma once
 
 #include <atomic>
@@ -36,5 +37,9 @@ inline std::atomic<uint32_t>& disabled_terms() {
 }
 
 inline bool enabled(Term term) { return (disabled_terms().load(std::memory_order_relaxed) >> uint32_t(term) & 1) == 0; }
+
+// From here on torch's allocation of this number (from 0) on the processor fails; -1: none. Returns how many there were
+// since the last call.
+int64_t fail_allocation(int64_t number);
 
 }  // namespace pycert
