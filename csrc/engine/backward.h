@@ -142,6 +142,9 @@ double ascent_bytes(const Context& context, int64_t start);  // per row
 Tensor convolve(const Tensor& x, const Tensor& w, const ConvGeometry& g, const Tensor& segments = {},
                 const Tensor& marked = {});
 
+// Where a window is after the transpose of a convolution.
+Window moved(const Window& w, const Tensor& weight, const ConvGeometry& g);
+
 // Bounds of the specification's rows with the boxes of the last values that are not affine.
 BoundsResult interval_bound(Context& context, const std::optional<Spec>& spec);
 
