@@ -82,3 +82,32 @@ def test_second_derivatives_of_a_single_step_are_refused(method, memory):
     bounds = pycert.BoundedModule(net, x.detach()).bound(pycert.LpBall(x, eps, 2), method, memory=memory)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         torch.autograd.grad(bounds.lower.sum(), net.weight, create_graph=True)
+
+
+@pytest.mark.parametrize("memory", ["1GiB", "8KiB"])
+def test_padding_of_a_convolution_meets_no_bias(memory):
+    """Rows through a padded convolution, then at once at what has a term: a normalisation, another convolution."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(2).eval()
+    norm.running_mean.copy_(torch.tensor([0.7, -0.4]))
+    layers = [norm, nn.Conv2d(2, 2, 2, stride=2, padding=2), nn.Conv2d(2, 3, 2, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(108, 5), nn.ReLU(), nn.Linear(5, 2)]  # fmt: skip
+    net = nn.Sequential(*layers).double()
+    x = torch.rand(2, 2, 6, 6, dtype=torch.float64)
+    bm = pycert.BoundedModule(net, x[:1])
+
+    def objective() -> torch.Tensor:
+        bounds = bm.bound(pycert.LpBall(x, eps=0.1), method="crown", soundness="none", memory=memory)
+        return (bounds.upper - 2 * bounds.lower).sum()
+
+    objective().backward()
+    for parameter in (*norm.parameters(), *layers[1].parameters(), *layers[2].parameters()):
+        at, step = parameter.detach().view(-1), 1e-5
+        for k in range(min(2, len(at))):
+            ends = []
+            for sign in (1, -2):  # to one side, then to the other
+                at[k] += sign * step
+                with torch.no_grad():
+                    ends.append(objective().item())
+            at[k] += step
+            expected = (ends[0] - ends[1]) / (2 * step)
+            assert parameter.grad.view(-1)[k].item() == pytest.approx(expected, rel=1e-6, abs=1e-6)

@@ -1,4 +1,5 @@
-"""Running out of memory: every allocation of a call fails once, and what comes out is the same bound or that error."""
+"""Running out of memory: one allocation of a call after the other fails, and what comes out is the same bound or that
+error, never a bound or an error that rests on something half done."""
 
 from __future__ import annotations
 
@@ -24,24 +25,20 @@ class Mixed(nn.Module):
         return self.last(torch.relu(nn.functional.max_pool2d(x, 2) - 0.01).flatten(1)).abs()
 
 
-#: How many allocations fail of each call; all of them with `slow`.
-FEW = 24
 CALLS = {
     "crown": dict(method="crown"),
     "linear": dict(method="crown", return_linear=True),
-    "alpha-crown": dict(method="alpha-crown", iterations=2),
+    "alpha-crown": dict(method="alpha-crown", iterations=1),
     "shared": dict(method="alpha-crown", iterations=2, alpha="shared"),
     "intermediate": dict(method="alpha-crown", iterations=1, intermediate="alpha-crown"),
     "gradient": dict(method="crown", memory="16KiB"),
 }
 
 
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "all"])
-@pytest.mark.parametrize("name", CALLS)
-def test_a_failed_allocation_leaves_the_bound_or_its_error(name, few):
-    torch.manual_seed(0)
-    bm = pycert.BoundedModule(Mixed().double(), torch.zeros(1, 1, 4, 4))
-    region = pycert.LpBall(torch.rand(2, 1, 4, 4, dtype=torch.float64), eps=0.1)
+def fail_each(net: nn.Module, x: Tensor, name: str, step: int) -> None:
+    """With every ``step``-th allocation failing, each in a call of its own."""
+    bm = pycert.BoundedModule(net.to(x.dtype), x[:1])
+    region = pycert.LpBall(x, eps=0.1)
 
     def bound() -> list[Tensor]:
         with torch.set_grad_enabled(name == "gradient"):
@@ -54,7 +51,7 @@ def test_a_failed_allocation_leaves_the_bound_or_its_error(name, few):
     bound()
     count = _C.testing_fail_allocation(-1)
     went_on = 0
-    for number in range(0, count, count // FEW if few else 1):
+    for number in range(0, count, step):
         _C.testing_fail_allocation(number)
         try:
             found = bound()
@@ -66,4 +63,18 @@ def test_a_failed_allocation_leaves_the_bound_or_its_error(name, few):
                 torch.testing.assert_close(mine, right, rtol=1e-7, atol=1e-7)
         finally:
             assert _C.testing_fail_allocation(-1) > number, "the allocation was never asked for"
-    assert went_on > FEW // 4
+    assert went_on > count / step / 4
+
+
+@pytest.mark.parametrize("name", ["crown", "alpha-crown"])
+def test_a_failed_allocation_leaves_the_bound_or_its_error(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.1), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    fail_each(net, torch.rand(2, 3, dtype=torch.float64), name, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CALLS)
+def test_a_failed_allocation_in_any_operator(name):
+    torch.manual_seed(0)
+    fail_each(Mixed(), torch.rand(2, 1, 4, 4, dtype=torch.float64), name, 2)

@@ -134,7 +134,10 @@ void Walk::constants(int64_t i, const Rows& rows, const Tensor& bias, const Tens
   // per channel where the bias repeats over the pixels: `bias` is then an expanded view of [C]
   Rows mine = own(i, rows);
   const bool image = node.image() && (node.op == Op::Conv || node.op == Op::BatchNorm);
-  if (!image) mine = dense(i, std::move(mine));
+  if (!image)
+    mine = dense(i, std::move(mine));
+  else if (!mine.inside)  // coefficients of padding meet no bias
+    mine.data = relayout_rows(mine.data, mine.source, index_, mine.window, mine.window, node.extent());
   const Tensor of_channels = image ? bias.view({node.shape[0], -1}).select(1, 0) : bias;
   const Tensor held = any_needs_grad(bias) ? defined(mine) : mine.data;
   const Tensor value = DotFunction::apply(held, of_channels, sums.select(0, 0));
