@@ -5,11 +5,15 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+
 #include <c10/util/StringUtil.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 
 #include "cpu/kernels.h"
@@ -34,6 +38,26 @@ using engine::Program;
 using engine::Spec;
 
 namespace {
+
+// Whether this thread takes subnormal results for zero.
+bool flushes_subnormals() {
+  volatile float least = std::numeric_limits<float>::min();
+  volatile float half = least * 0.5f;
+  return half * 2.0f != least;
+}
+
+// Turns flushing off in this thread and in those that share its work, or on again where it was on; whether it was on.
+bool keep_subnormals(bool keep) {
+  if (keep && !flushes_subnormals()) return false;
+  static thread_local bool turned_off = false;
+  const auto set = [keep] {
+    if (keep && flushes_subnormals()) turned_off = at::globalContext().setFlushDenormal(false);
+    if (!keep && turned_off) turned_off = !at::globalContext().setFlushDenormal(true);
+  };
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { set(); });
+  set();
+  return true;
+}
 
 const std::unordered_map<std::string, Op>& op_names() {
   static const std::unordered_map<std::string, Op> names = {{"input", Op::Input},
@@ -360,6 +384,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("set_box", &IntervalWalk::set_box, py::arg("node"), py::arg("lower"), py::arg("upper"));
 
   m.def("isa", [] { return std::string(cpu::instruction_set()); }, "Instruction set of the CPU kernels in use");
+  m.def("keep_subnormals", &keep_subnormals, py::arg("keep"),
+        "Turns the flushing of subnormal numbers off, or what this turned off on again; whether it was on",
+        py::call_guard<py::gil_scoped_release>());
   m.def("has_cuda", [] {
 #ifdef PYCERT_WITH_CUDA
     return true;

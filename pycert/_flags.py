@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
+
+from pycert import _C
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _warned: set[tuple[str, ...]] = set()
 
@@ -51,6 +58,21 @@ def no_autocast() -> contextlib.AbstractContextManager[None]:
 def _autocast_off() -> Iterator[None]:
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
+
+
+def subnormals_kept(function: Callable[P, T]) -> Callable[P, T]:
+    """``function`` with subnormal numbers, whatever ``torch.set_flush_denormal`` says: outward rounding needs them."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not _C.keep_subnormals(True):
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _C.keep_subnormals(False)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -139,6 +139,7 @@ class BoundedModule(nn.Module):
 
     # ---- bounds -------------------------------------------------------------------------------------
 
+    @_flags.subnormals_kept
     def bound(
         self,
         region: Region | tuple[Region, ...],
@@ -205,8 +206,8 @@ class BoundedModule(nn.Module):
             ValueError: unknown names, shapes that do not fit, NaN or infinite weights.
             TypeError: another dtype than the network's.
 
-        Soundness: as ``soundness`` says. Gradient: parameters, centre and eps; optimised slopes count as
-        constants.
+        Soundness: as ``soundness`` says. Gradient: parameters, centre and eps; optimised slopes, and the
+        constraints of ``"krelu"`` and ``"lp"``, count as constants.
         Source: Gowal et al. 2018 (ibp), Wong & Kolter 2018 and Weng et al. 2018 (fastlin), Zhang et al.
         2018 (crown), Zhang et al. 2020 (crown-ibp), Xu et al. 2021 (alpha-crown); rounding errors as in
         docs/soundness.md.
@@ -330,6 +331,7 @@ class BoundedModule(nn.Module):
         )
         return shaped[0] if len(shaped) == 1 else shaped
 
+    @_flags.subnormals_kept
     def layer_bounds(
         self, region: Region | tuple[Region, ...], method: str = "crown", **options: Any
     ) -> dict[str, Bounds]:
@@ -554,7 +556,7 @@ class BoundedModule(nn.Module):
                 "torch may run this network in ways that soundness='deployed' does not cover: "
                 + "; ".join(found)
                 + " (see `pycert doctor`)",
-                stacklevel=4,
+                stacklevel=5,
             )
         return found + of_batch
 
@@ -602,6 +604,7 @@ def _hidden_slots(graph: Graph) -> list[int]:
     return sorted(s for s in slots if s >= 0)
 
 
+@_flags.subnormals_kept
 def margins(
     bm: BoundedModule,
     region: Region | tuple[Region, ...],

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pycert import _C  # noqa: F401 - registers torch.ops.pycert
+from pycert import _C, _flags  # noqa: F401 - _C registers torch.ops.pycert
 
 
 def _check_values(name: str, value: Tensor) -> None:
@@ -44,6 +44,7 @@ class LpBall:
             is empty, ``clip`` is not an interval, or a ball lies outside it.
     """
 
+    @_flags.subnormals_kept
     def __init__(
         self,
         x: Tensor,

@@ -94,6 +94,17 @@ def test_points_have_tight_bounds():
                 assert (bounds.upper - bounds.lower).max() < most, (name, method)
 
 
+@pytest.mark.parametrize("method", (*METHODS, "forward"))
+def test_softmax_of_one_element_is_known(method):
+    x = torch.randn(2, 1, generator=torch.Generator().manual_seed(0))
+    for name, value in (("softmax", 1.0), ("log_softmax", 0.0)):
+        net = Apply(lambda self, x, name=name: getattr(x, name)(-1) + 0 * x)
+        with torch.no_grad():
+            bounds = pycert.BoundedModule(net, x).bound(pycert.LpBall(x, 1e3), method=method)
+        for end in bounds:
+            torch.testing.assert_close(end, torch.full_like(end, value), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_known_ranges(method):
     x = 10 * torch.randn(4, 6, generator=torch.Generator().manual_seed(2))

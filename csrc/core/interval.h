@@ -70,7 +70,8 @@ PYCERT_HD inline void enclose_sound(T& centre, T& radius, T bias, T bias_charge,
   radius = finite ? high : kInfinity<T>;
 }
 
-// y = scale x + term over [lower, upper]; the charge kappa covers our roundings and those of the network.
+// y = scale x + term over [lower, upper]; the charge kappa covers our roundings and those of the network, kTiny a scale
+// or an input that is flushed to zero, a scale below kTiny that is rounded, and results below it.
 template <typename T>
 PYCERT_HD inline void scale_box(T lower, T upper, T scale, T term, T magnitude, T kappa, bool sound, T& out_lower,
                                 T& out_upper) {
@@ -82,7 +83,9 @@ PYCERT_HD inline void scale_box(T lower, T upper, T scale, T term, T magnitude, 
     return;
   }
   const T size = std::abs(a) > std::abs(b) ? std::abs(a) : std::abs(b);
-  const T slack = kappa == T(0) ? T(0) : inflate(kappa * (size + magnitude));  // 0: exact, as for scale = -1
+  const T most = std::abs(lower) > std::abs(upper) ? std::abs(lower) : std::abs(upper);
+  const T lost = kTiny<T> * (most + std::abs(scale));
+  const T slack = kappa == T(0) ? T(0) : inflate(kappa * (size + magnitude) + lost);  // 0: exact, as for scale = -1
   const bool finite = std::abs(low) < kInfinity<T> && std::abs(high) < kInfinity<T> && slack < kInfinity<T>;
   out_lower = finite ? low - slack : -kInfinity<T>;
   out_upper = finite ? high + slack : kInfinity<T>;

@@ -178,27 +178,37 @@ Tensor Context::charge(int64_t i, bool centred) {
   };
   // what our roundings multiply may be |value - centre|, which can exceed |value|
   const auto size = [&](int64_t j) { return centred ? at::maximum(absolute(j), radius(j)) : absolute(j); };
+  // what a flushed input, or a scale or result of `steps` operations, moves the network's own value by
+  const double tiny = deployed() && enabled(Term::Underflow) ? (dtype_ == at::kFloat ? 0x1p-126 : 0x1p-1022) : 0;
+  const auto with_lost = [&](const Tensor& e, const Tensor& scale, double steps) {
+    return tiny > 0 ? e + ((size(node.inputs[0]) + scale) * tiny + steps * tiny) : e;
+  };
   Tensor e;
   switch (node.op) {
     case Op::Linear:
     case Op::Conv:
       e = affine_charge(node, i, centred);
       break;
-    case Op::BatchNorm:
+    case Op::BatchNorm: {
       if (!enabled(Term::BatchNorm)) break;
-      e = size(node.inputs[0]) * spread(scale_of(node).detach().abs()) * roundings(10, 10) +
+      const Tensor scale = spread(scale_of(node).detach().abs());
+      e = size(node.inputs[0]) * scale * roundings(10, 10) +
           spread(magnitude_of(node)) * roundings(10, 10 + folded_terms(node));
+      e = with_lost(e, scale, 8);
       break;
+    }
     case Op::MulConst:
-    case Op::DivConst:
+    case Op::DivConst: {
       if (node.value.has_value() && std::abs(*node.value) == 1) break;
-      e = size(node.inputs[0]) * spread(scale_of(node).detach().abs()) * roundings(5, 3);
+      const Tensor scale = spread(scale_of(node).detach().abs());
+      e = with_lost(size(node.inputs[0]) * scale * roundings(5, 3), scale, 2);
       break;
+    }
     case Op::AddConst:
-      e = (size(node.inputs[0]) + spread(term_of(node).detach().abs())) * roundings(2, 2);
+      e = (size(node.inputs[0]) + spread(term_of(node).detach().abs())) * roundings(2, 2) + 4 * tiny;
       break;
     case Op::Add:
-      e = absolute(i) * roundings(0, 2);
+      e = absolute(i) * roundings(0, 2) + 4 * tiny;
       if (node.roundings > 0)
         e = e + (absolute(node.inputs[0]) + absolute(node.inputs[1])) * roundings(0, node.roundings);
       for (size_t j : {0, 1})
@@ -207,7 +217,8 @@ Tensor Context::charge(int64_t i, bool centred) {
     case Op::Sum: {
       const int64_t terms = program_.node(node.inputs[0]).shape.back();
       e = size(node.inputs[0]).view({batch_, -1, terms}).sum(-1) *
-          (roundings(4, double(terms) + 2 + node.roundings) * (1 + 1e-3) / std::abs(node.divisor));
+              (roundings(4, double(terms) + 2 + node.roundings) * (1 + 1e-3) / std::abs(node.divisor)) +
+          tiny * (2 + (2 * double(terms) + node.roundings) * std::max(1.0, 1 / std::abs(node.divisor)));
       break;
     }
     case Op::AvgPool: {
@@ -217,7 +228,7 @@ Tensor Context::charge(int64_t i, bool centred) {
       const Tensor mean = at::avg_pool2d(
           size(node.inputs[0]).view({batch_, input.shape[0], input.shape[1], input.shape[2]}), node.kernel,
           node.conv.stride, node.conv.padding, node.ceil_mode, node.count_include_pad, divisor);
-      e = mean.reshape({batch_, -1}) * (roundings(taps + 4, taps + 2) * (1 + 1e-3));
+      e = mean.reshape({batch_, -1}) * (roundings(taps + 4, taps + 2) * (1 + 1e-3)) + tiny * (2 * taps + 2);
       break;
     }
     case Op::MaxPool: {  // up to K overlapping windows add up at one element, after one product

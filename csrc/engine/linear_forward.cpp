@@ -10,7 +10,11 @@
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
+
+#include <cmath>
+#include <limits>
 
 #include "engine/backward.h"
 #include "ops/record.h"
@@ -18,6 +22,8 @@
 namespace pycert::engine {
 
 namespace {
+
+constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
 // low <= value <= high for every input x: low = sum_k lower[k] x_k + lower[d], likewise upper.
 struct Linear {
@@ -36,6 +42,9 @@ class ForwardWalk {
     }
     sizes.push_back(at::ones({c_.batch(), 1}, c_.tensor_options()));
     size_ = at::cat(sizes, 1).unsqueeze(2);
+    tiny_ = c_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
+    // in double: a sum of finite magnitudes may overflow
+    lost_ = ((size_.to(at::kDouble).sum(1) + double(count_ + 2)) * (tiny_ * (1 + 1e-3))).to(c_.dtype());
   }
 
   BoundsResult run(const std::optional<Spec>& spec);
@@ -50,8 +59,9 @@ class ForwardWalk {
   Linear pooled(const Linear& in, const PoolLines& lines, const Node& node);
   Linear multiplied(int64_t i, const Node& node);
   Linear moved(const Linear& in, const std::function<Tensor(const Tensor&)>& f) { return {f(in.lower), f(in.upper)}; }
-  Linear widened(Linear s, const Tensor& charge);  // charge [B, n] or [n]
-  Tensor reach(const Linear& s) const;             // [B, n]: sum_k max(|lower|, |upper|) |x_k|, rounded up
+  Linear widened(Linear s, const Tensor& charge, double steps);  // charge [B, n] or [n]
+  Tensor scaling_charge(const Tensor& reach, const Tensor& factor, double roundings) const;
+  Tensor reach(const Linear& s) const;  // [B, n]: sum_k max(|lower|, |upper|) |x_k|, rounded up
   const Linear& in(const Node& node, size_t j = 0) const { return states_[size_t(node.inputs[j])]; }
 
   Context& c_;
@@ -59,21 +69,29 @@ class ForwardWalk {
   std::vector<int64_t> inputs_;
   int64_t count_ = 0;
   Tensor size_;  // [B, d + 1, 1]: largest |x_k|, and 1
+  Tensor lost_;  // [B, 1]: what a function loses where each of its coefficients is flushed
+  double tiny_ = 0;
 };
 
 Tensor ForwardWalk::reach(const Linear& s) const {
   const Tensor most = at::maximum(s.lower.detach().abs(), s.upper.detach().abs()) * size_;
-  return most.sum(1) * (1 + 2 * c_.own_gamma(double(count_) + 4));
+  return most.sum(1) * (1 + 2 * c_.own_gamma(double(count_) + 4)) + lost_;
 }
 
-// The charge, and the roundings of adding it to the constants, go outward.
-Linear ForwardWalk::widened(Linear s, const Tensor& charge) {
+// Of products by factors, which may be flushed as their operands may: what a flushed coefficient is off reaches as far
+// as lost_, times the factor where it is an operand.
+Tensor ForwardWalk::scaling_charge(const Tensor& reach, const Tensor& factor, double roundings) const {
+  return factor.abs() * (reach * c_.own_gamma(roundings) + lost_) + reach * tiny_;
+}
+
+// The charge, and the roundings of adding it to the constants, go outward; with what `steps` operations may lose by
+// underflow in every coefficient.
+Linear ForwardWalk::widened(Linear s, const Tensor& charge, double steps) {
   if (!c_.sound()) return s;
   at::NoGradGuard no_grad;
-  const double tiny = c_.dtype() == at::kFloat ? 0x1p-120 : 0x1p-1016;
   const Tensor constants =
       at::maximum(s.lower.select(1, count_).detach().abs(), s.upper.select(1, count_).detach().abs());
-  const Tensor slack = ((charge + constants * c_.own_gamma(2)) * (1 + 1e-5) + tiny).unsqueeze(1);
+  const Tensor slack = ((charge + constants * c_.own_gamma(2)) * (1 + 1e-5) + lost_ * (2 * steps + 64)).unsqueeze(1);
   at::AutoGradMode with_grad(c_.grad());
   const auto shifted = [&](const Tensor& t, const Tensor& by) {
     return at::cat({t.narrow(1, 0, count_), t.narrow(1, count_, 1) + by}, 1);
@@ -110,11 +128,11 @@ Linear ForwardWalk::affine(int64_t i, const Node& node) {
   at::NoGradGuard no_grad;
   // both products (2 n terms and their sum), then the network's own (its charge is that of a backward step)
   const double terms = 2.0 * double(node.op == Op::Linear ? w.size(1) : w.numel() / std::min(w.size(0), w.size(1)));
-  Tensor charge = apply(reach(s), w.detach().abs()) * (c_.own_gamma(terms + 6) * (1 + 4 * c_.own_gamma(terms + 6)));
+  const double factor = c_.own_gamma(terms + 6) * (1 + 4 * c_.own_gamma(terms + 6));
+  Tensor charge = apply(reach(s) * factor + lost_ * (1 + factor), w.detach().abs());
   if (bias.defined()) charge = charge + bias.detach().abs() * c_.own_gamma(2);
   if (c_.deployed()) charge = charge + c_.charge(i, false);
-  const double tiny = c_.dtype() == at::kFloat ? 0x1p-126 : 0x1p-1022;
-  return widened(out, charge + (size_.sum() * terms + reach(s).sum(1, true)) * (tiny * (1 + 1e-3)));
+  return widened(out, charge + reach(s).sum(1, true) * (tiny_ * (1 + 1e-3)), 2 * terms);
 }
 
 // factor and term: [B, n] or [n]
@@ -135,9 +153,9 @@ Linear ForwardWalk::relaxed(const Linear& s, const Lines& lines) {
   if (!c_.sound()) return out;
   at::NoGradGuard no_grad;
   const Tensor slope = at::maximum(lines.lower_slope.abs(), lines.upper_slope.abs());
-  Tensor size = reach(s) * slope + lines.upper_intercept.abs();
-  if (lines.lower_intercept.defined()) size = size + lines.lower_intercept.abs();
-  return widened(out, size * c_.own_gamma(5));
+  Tensor shift = lines.upper_intercept.abs();
+  if (lines.lower_intercept.defined()) shift = shift + lines.lower_intercept.abs();
+  return widened(out, scaling_charge(reach(s), slope, 5) + shift * c_.own_gamma(5), 8);
 }
 
 Linear ForwardWalk::pooled(const Linear& s, const PoolLines& lines, const Node& node) {
@@ -154,7 +172,7 @@ Linear ForwardWalk::pooled(const Linear& s, const PoolLines& lines, const Node& 
   at::NoGradGuard no_grad;
   const Tensor size = reach(s).index_select(1, index).view({c_.batch(), node.numel, taps});
   const Tensor most = (size * at::maximum(lines.lower, lines.upper)).sum(-1) + lines.constant.abs();
-  return widened(out, most * c_.own_gamma(double(taps) + 6));
+  return widened(out, most * c_.own_gamma(double(taps) + 6) + size.sum(-1) * tiny_, 3.0 * double(taps));
 }
 
 // Planes of every product with the linear functions of both factors in them, summed over k of Node::bilinear.
@@ -182,14 +200,19 @@ Linear ForwardWalk::multiplied(int64_t i, const Node& node) {
   if (!c_.sound()) return out;
   at::NoGradGuard no_grad;
   const auto most = [](const Tensor& a, const Tensor& b) { return at::maximum(a.abs(), b.abs()); };
-  const Tensor size = (most(planes.lower_x, planes.upper_x) * left(reach(x)).squeeze(1) +
-                       most(planes.lower_y, planes.upper_y) * right(reach(y)).squeeze(1))
+  const double roundings = 4.0 * double(terms) + 8;
+  const auto charge_of = [&](const Tensor& reach, const Tensor& slope) {
+    const Tensor lost = lost_.reshape({-1, 1, 1, 1, 1});
+    return slope * (reach * c_.own_gamma(roundings) + lost) + reach * tiny_;
+  };
+  Tensor charge = (charge_of(left(reach(x)).squeeze(1), most(planes.lower_x, planes.upper_x)) +
+                   charge_of(right(reach(y)).squeeze(1), most(planes.lower_y, planes.upper_y)))
                           .sum(3)
-                          .flatten(1) +
-                      most(planes.lower, planes.upper).to(c_.dtype());
-  Tensor charge = size * c_.own_gamma(4.0 * double(terms) + 8);
+                          .flatten(1) *
+                      (1 + c_.own_gamma(roundings)) +
+                  most(planes.lower, planes.upper).to(c_.dtype()) * c_.own_gamma(roundings);
   if (c_.deployed()) charge = charge + c_.charge(i, false);
-  return widened(out, charge);
+  return widened(out, charge, roundings);
 }
 
 void ForwardWalk::step(int64_t i) {
@@ -225,11 +248,11 @@ void ForwardWalk::step(int64_t i) {
       out = scaled(in(node), factor, term);
       if (!c_.sound()) return;
       at::NoGradGuard no_grad;
-      Tensor charge = reach(in(node)) * factor.abs() * c_.own_gamma(10);
+      Tensor charge = scaling_charge(reach(in(node)), factor, 10);
       if (shifts) charge = charge + spread(c_.magnitude_of(node)) * c_.own_gamma(12);
       const Tensor network = c_.charge(i, false);
       if (c_.deployed() && network.defined()) charge = charge + network;
-      out = widened(out, charge);
+      out = widened(out, charge, 8);
       return;
     }
     case Op::Add: {
@@ -239,7 +262,7 @@ void ForwardWalk::step(int64_t i) {
       at::NoGradGuard no_grad;
       Tensor charge = (reach(a) + reach(b)) * c_.own_gamma(2);
       if (c_.deployed()) charge = charge + c_.charge(i, false);
-      out = widened(out, charge);
+      out = widened(out, charge, 4);
       return;
     }
     case Op::Sum:
@@ -263,8 +286,11 @@ void ForwardWalk::step(int64_t i) {
       at::NoGradGuard no_grad;
       const double terms = node.op == Op::Sum ? double(input.shape.back()) : double(node.kernel[0] * node.kernel[1]);
       Tensor charge = reduce(reach(in(node))).abs() * c_.own_gamma(terms + 6);
+      const double divisor_size =
+          node.op == Op::Sum ? std::min(1.0, std::abs(node.divisor)) : 1;  // sums may be flushed
+      charge = charge + lost_ * (2 * (terms + 6) / divisor_size);
       if (c_.deployed()) charge = charge + c_.charge(i, false);
-      out = widened(out, charge);
+      out = widened(out, charge, 2 * terms);
       return;
     }
     case Op::Reshape:
@@ -277,7 +303,7 @@ void ForwardWalk::step(int64_t i) {
     case Op::Limit: {
       out = in(node);
       const Tensor network = c_.charge(i, false);
-      if (network.defined()) out = widened(out, network);
+      if (network.defined()) out = widened(out, network, 0);
       return;
     }
     case Op::Gather:
@@ -309,7 +335,7 @@ void ForwardWalk::step(int64_t i) {
                                 : Linear{rest.lower - part.upper, rest.upper - part.lower};
       if (!c_.sound()) return;
       at::NoGradGuard no_grad;
-      out = widened(out, (reach(rest) + reach(part)) * c_.own_gamma(2));
+      out = widened(out, (reach(rest) + reach(part)) * c_.own_gamma(2), 4);
       return;
     }
     case Op::Constant: {
@@ -387,9 +413,10 @@ BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
                last.upper.matmul(positive) + last.lower.matmul(negative)};
     if (c_.sound()) {
       at::NoGradGuard no_grad;
-      const Tensor size = reach(last).unsqueeze(1).matmul(rows.abs().transpose(1, 2)).squeeze(1);
-      out = widened(out, size * (c_.own_gamma(2.0 * double(rows.size(2)) + 6) *
-                                 (1 + 4 * c_.own_gamma(2.0 * double(rows.size(2)) + 6))));
+      const double terms = 2.0 * double(rows.size(2)), factor = c_.own_gamma(terms + 6);
+      const Tensor size = reach(last) * (factor * (1 + 4 * factor)) + lost_ * (1 + factor);
+      const Tensor charge = size.unsqueeze(1).matmul(rows.abs().transpose(1, 2)).squeeze(1);
+      out = widened(out, charge + reach(last).sum(1, true) * (tiny_ * (1 + 1e-3)), 2 * terms);
     }
     last = out;
   }
@@ -410,6 +437,13 @@ BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
   if (side != Side::Upper) result.lower = lower.view(shape);
   if (side != Side::Lower) result.upper = upper.view(shape);
   if (!c_.options().return_linear) return result;
+  const auto known = [&](const Tensor& t,
+                         double none) {  // of functions that overflow only the infinite constant is left
+    const Tensor finite = t.isfinite().all(1, true);
+    const Tensor rest = at::cat({at::zeros({count_}, t.options()), at::full({1}, none, t.options())}).unsqueeze(1);
+    return at::where(finite, t, rest);
+  };
+  last = {known(last.lower, -kInfinite), known(last.upper, kInfinite)};
   const auto split = [&](const Tensor& t, std::vector<Tensor>& into) {
     int64_t first = 0;
     for (int64_t n : inputs_) {

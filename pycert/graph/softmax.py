@@ -85,8 +85,25 @@ def _sums(
     count = shape[-1]
     rows = math.prod(shape[:-1])
     source, index, masked = _unmasked(tracer, node, rows, count)
+    wide = (rows, count, max(1, count - 1))
+    if count == 1:  # no other: a sum of nothing
+        terms = tracer.gather(source, torch.full(wide, -1), wide)
+    else:
+        terms = _terms(tracer, input, source, index, masked, capped)
+    total = tracer.emit("sum", (terms,), wide[:-1], divisor=1.0, roundings=2.0 * count + 32, helper=True)
+    whole = tracer.node(add(tracer, tracer.wrap(total, input.dtype), 1.0))
+    limited = tracer.emit("limit", (whole,), wide[:-1], min=1.0, roundings=4.0, lost=0.0, helper=True)
+    numbers = torch.arange(rows * count, device="cpu").reshape(shape)
+    place = numbers.movedim(-1, dim % input.dim() - 1)
+    return tracer.wrap(limited, input.dtype), masked, place, wide[:-1]
+
+
+def _terms(
+    tracer: Tracer, input: Traced, source: int, index: torch.Tensor, masked: torch.Tensor, capped: bool
+) -> int:
+    """``exp(x_j - x_i)`` of every other element, 0 where that is masked, ``[R, n, n - 1]``."""
+    rows, count = index.shape
     others = torch.tensor([[j for j in range(count) if j != i] for i in range(count)], dtype=torch.int64)
-    others = others.reshape(count, count - 1)
     wide = (rows, count, count - 1)
     left = index[:, others]
     right = index[:, :, None].expand(wide)
@@ -99,12 +116,7 @@ def _sums(
     if bool(hidden.any()):
         kept = torch.arange(math.prod(wide), device="cpu").reshape(wide)
         terms = tracer.gather(terms, torch.where(hidden, -1, kept), wide)
-    total = tracer.emit("sum", (terms,), wide[:-1], divisor=1.0, roundings=2.0 * count + 32, helper=True)
-    whole = tracer.node(add(tracer, tracer.wrap(total, input.dtype), 1.0))
-    limited = tracer.emit("limit", (whole,), wide[:-1], min=1.0, roundings=4.0, lost=0.0, helper=True)
-    numbers = torch.arange(rows * count, device="cpu").reshape(shape)
-    place = numbers.movedim(-1, dim % input.dim() - 1)
-    return tracer.wrap(limited, input.dtype), masked, place, wide[:-1]
+    return terms
 
 
 def _unmasked(tracer: Tracer, node: int, rows: int, count: int) -> tuple[int, torch.Tensor, torch.Tensor]:

@@ -213,7 +213,7 @@ class Walk:
         """The affine node's linear part with every coefficient replaced by its absolute value."""
         total: Tensor | float = 0.0
         for matrix, radius in zip(self.matrices(number), radii):
-            total = total + radius.flatten(1) @ matrix.abs().T
+            total = total + radius.reshape(len(radius), -1) @ matrix.abs().T
         assert isinstance(total, Tensor)
         return total.reshape(-1, *self.graph.nodes[number].shape)
 
@@ -221,7 +221,7 @@ class Walk:
         """The dense matrix ``[numel(node), numel(input)]`` of an affine node, for each of its inputs."""
         size = self.graph.numel(number)
         eye = torch.eye(size, dtype=self.dtype).reshape(1, size, *self.graph.nodes[number].shape)
-        return [matrix[0].flatten(1) for matrix in self._transpose(number, eye)]
+        return [matrix[0].reshape(size, -1) for matrix in self._transpose(number, eye)]
 
     def _interval_rows(self, spec: Tensor) -> Interval:
         """Interval bounds of ``spec @ output``: all affine layers after the last activations are merged with it."""

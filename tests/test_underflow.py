@@ -1,0 +1,136 @@
+"""Numbers at both ends of the floating-point range: coefficients and values that underflow, or are flushed to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pycert
+from exact import ExactNetwork, rational
+from nets import Apply
+
+METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown", "forward")
+
+
+def tiny_linear() -> nn.Linear:
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1e-20)
+    return layer
+
+
+def tiny_batch_norm() -> nn.BatchNorm1d:
+    layer = nn.BatchNorm1d(1)
+    layer.weight.data.fill_(1e-20)
+    return layer
+
+
+def bounded(function: Callable[..., Tensor], size: int = 1, **modules: nn.Module) -> pycert.BoundedModule:
+    return pycert.BoundedModule(Apply(function, **modules).eval(), torch.zeros(1, size))
+
+
+@pytest.fixture
+def flushed() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormal numbers")
+    torch.set_flush_denormal(False)
+    yield
+    torch.set_flush_denormal(False)
+
+
+# Of inputs in [1e30, 2e30]: coefficients underflow, values do not.
+UNDERFLOWING: dict[str, Callable[[], pycert.BoundedModule]] = {
+    "product": lambda: bounded(lambda self, x: x * 1e-30 * 1e-20),
+    "quotient": lambda: bounded(lambda self, x: x * 1e-30 / 1e20),
+    "batch norm": lambda: bounded(lambda self, x: self.norm(x * 1e-30), norm=tiny_batch_norm()),
+    "relu": lambda: bounded(lambda self, x: (x * 1e-30 - 1.5).relu() * 1e-14),
+    "linear": lambda: bounded(lambda self, x: self.layer(x * 1e-30), layer=tiny_linear()),
+    "two ways": lambda: bounded(lambda self, x: x * 1e-44 + (x * 1e-44).relu()),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", UNDERFLOWING)
+def test_coefficients_that_underflow(kind, method):
+    bm = UNDERFLOWING[kind]()
+    ends = torch.tensor([[1e30]]), torch.tensor([[2e30]])
+    network = ExactNetwork(bm.graph)
+    for rows in (None, torch.tensor([[1e-20]])):
+        with torch.no_grad():
+            found = bm.bound(
+                pycert.Box(*ends), method, spec=rows, soundness="real", return_linear=method != "ibp"
+            )
+        for x in (rational(end).flatten() for end in ends):
+            value = network.value(x)[-1][0] * (1 if rows is None else rational(rows)[0, 0])
+            assert rational(found.lower).item() <= value <= rational(found.upper).item()
+            if found.linear is not None:
+                A_lower, c_lower, A_upper, c_upper = (rational(t).item() for t in vars(found.linear).values())
+                assert A_lower * x[0] + c_lower <= value <= A_upper * x[0] + c_upper
+
+
+# Of inputs near 1: values are subnormal on the way, and the network multiplies them up again.
+SUBNORMAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "product": lambda x: x * 1e-20 * 1e-20,
+    "quotient": lambda x: x / 3.3e38 / 30,
+    "mean": lambda x: torch.cat([x, x, x], -1).mul(1e-37).mean(-1, keepdim=True) / 100,
+    "average": lambda x: F.avg_pool1d(x.repeat(1, 3)[:, None] * 1e-37, 3)[:, 0] / 100,
+    "leaky relu": lambda x: F.leaky_relu(-x * 1e-20, 1e-20),
+    "relu": lambda x: F.relu(x * 1e-39),
+    "clamp": lambda x: (x * 1e-39).clamp(0, 5e-40),
+    "square": lambda x: (x * 1e-20).square(),
+    "exp": lambda x: (x - 93).exp(),
+    "sigmoid": lambda x: (x - 93).sigmoid(),
+    "tanh": lambda x: (x * 1e-39).tanh(),
+    "silu": lambda x: F.silu(x * 1e-39),
+    "reciprocal": lambda x: 1 / (x * 1e38),
+}
+
+
+@pytest.mark.parametrize("kind", SUBNORMAL)
+def test_flushing_neither_changes_bounds_nor_escapes_them(kind, flushed):
+    bm = bounded(lambda self, x: SUBNORMAL[kind](x) * 1e20 * 1e20)
+    x = torch.tensor([[1.2345678]])
+    for method in (*METHODS, "lipschitz"):
+        found = []
+        for flush in (False, True):
+            torch.set_flush_denormal(flush)
+            with torch.no_grad():
+                value = bm(x)
+                found.append((value, bm.bound(pycert.LpBall(x, 0.0), method)))
+            still_on = torch.tensor(1e-39) * 1 == 0
+            torch.set_flush_denormal(False)
+            assert bool(still_on) == flush
+        for _, bounds in found:
+            assert all(torch.equal(a, b) for a, b in zip(bounds, found[0][1]))
+            for value, _ in found:
+                assert bounds.lower <= value <= bounds.upper, (method, value, bounds)
+
+
+def test_regions_of_subnormal_radius_while_flushing(flushed):
+    torch.set_flush_denormal(True)
+    ball = pycert.LpBall(torch.zeros(1, 2), 1e-40)
+    torch.set_flush_denormal(False)
+    assert (ball.upper >= 1e-40).all() and (ball.lower <= -1e-40).all()
+
+
+def test_the_largest_inputs_leave_no_nan_in_linear_functions():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    most = torch.full((1, 3), torch.finfo(torch.float32).max)
+    found = pycert.BoundedModule(net, most).bound(pycert.Box(-most, most), "forward", return_linear=True)
+    for value in (found.lower, found.upper, *vars(found.linear).values()):
+        assert not value.isnan().any()
+    assert torch.isfinite(found.linear.A_lower).all() and torch.isfinite(found.linear.A_upper).all()
+
+
+def test_a_large_sample_does_not_loosen_the_others_of_its_batch():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(2, 4)
+    x[1] = 1e37
+    bm = pycert.BoundedModule(net, x)
+    alone, together = (bm.bound(pycert.LpBall(t, 1e-3), "forward") for t in (x[:1], x))
+    torch.testing.assert_close(together.lower[:1], alone.lower, rtol=1e-5, atol=1e-5)
