@@ -304,6 +304,8 @@ class BoundedModule(nn.Module):
         linear = None
         if return_linear:
             shape = (regions[0][0].shape[0], c_lower.shape[1] if c_lower is not None else c_upper.shape[1])
+            A_lower, c_lower = _without_overflow(A_lower, c_lower, -math.inf)
+            A_upper, c_upper = _without_overflow(A_upper, c_upper, math.inf)
             linear = LinearBounds(
                 self._shaped(A_lower, shape), c_lower, self._shaped(A_upper, shape), c_upper
             )
@@ -573,6 +575,22 @@ class BoundedModule(nn.Module):
 def _modules_of(net: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module | None, ...]]]:
     """A network and all below it, each once and with what stands right below it."""
     return [(module, tuple(module._modules.values())) for module in net.modules()]
+
+
+def _without_overflow(
+    coefficients: list[Tensor | None], constant: Tensor | None, none: float
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Functions of which a number is infinite or NaN become the constant ``none``."""
+    parts = [A for A in coefficients if A is not None]
+    if constant is None or all(math.isfinite(t.detach().sum().item()) for t in (constant, *parts)):
+        return coefficients, constant
+    finite = [A.detach().flatten(2).isfinite().all(2) for A in parts]
+    known = torch.stack([constant.detach().isfinite(), *finite]).all(0)
+    kept = [
+        None if A is None else torch.where(known.view(*known.shape, 1), A.flatten(2), 0).view_as(A)
+        for A in coefficients
+    ]
+    return kept, torch.where(known, constant, none)
 
 
 def _check_device(device: torch.device) -> None:
