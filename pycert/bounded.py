@@ -122,6 +122,7 @@ class BoundedModule(nn.Module):
         self._convolves = any(node.op == "conv" for node in self.graph.nodes)
         self._options: dict[Any, _C.Options] = {}
         self._hidden = _hidden_slots(self.graph)
+        self._shapes = [getattr(value, "shape", None) for value in self.graph.tensors()]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -297,7 +298,12 @@ class BoundedModule(nn.Module):
             native.set_cuts(cuts._for_engine(len(regions[0][0]), regions[0][0]))
         if first is not None:
             native.set_first(*first)
-        lower, upper, A_lower, c_lower, A_upper, c_upper = self._program.bound(tensors, regions, native, rows)
+        try:
+            found = self._program.bound(tensors, regions, native, rows)
+        except (RuntimeError, IndexError, ValueError) as error:
+            self._explain(error, tensors)
+            raise
+        lower, upper, A_lower, c_lower, A_upper, c_upper = found
         for value in (lower, upper):
             if value is not None and not math.isfinite(value.detach().sum().item()):
                 self._diagnose(tensors)
@@ -376,7 +382,11 @@ class BoundedModule(nn.Module):
         """Bounds on every pre-activation, by node number."""
         tensors = self._tensors()
         native = self._native(method, parsed, False, regions[0][0].device, boxes)
-        found = self._program.layer_bounds(tensors, regions, native)
+        try:
+            found = self._program.layer_bounds(tensors, regions, native)
+        except (RuntimeError, IndexError, ValueError) as error:
+            self._explain(error, tensors)
+            raise
         if not all(
             math.isfinite((upper.detach() - lower.detach()).sum().item()) for _, lower, upper in found
         ):
@@ -561,6 +571,15 @@ class BoundedModule(nn.Module):
                 stacklevel=5,
             )
         return found + of_batch
+
+    def _explain(self, error: Exception, tensors: list[Tensor]) -> None:
+        """Names the parameter whose shape is another than at the trace, where the engine failed."""
+        for slot, value, shape in zip(self.graph.slots, tensors, self._shapes, strict=True):
+            if value.shape != shape:
+                raise ValueError(
+                    f"'{slot.path}' has shape {list(value.shape)}, and another one when the network was traced: "
+                    "make a new BoundedModule"
+                ) from error
 
     def _diagnose(self, tensors: list[Tensor]) -> None:
         """Names the layer whose weights made a result infinite; an overflow leaves infinite bounds."""
