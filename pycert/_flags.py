@@ -89,10 +89,9 @@ def plain_convolutions(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    # not by `cudnn.flags`, which also reads and sets TF32, of which torch has two settings
     kept = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = (
-        False  # its `flags` would also read and set TF32, of which torch has two settings
-    )
+    torch.backends.cudnn.enabled = False
     try:
         yield
     finally:

@@ -124,6 +124,7 @@ class BoundedModule(nn.Module):
         self._convolves = any(node.op == "conv" for node in self.graph.nodes)
         self._options: dict[Any, _C.Options] = {}
         self._hidden = _hidden_slots(self.graph)
+        self._shapes = [getattr(value, "shape", None) for value in self.graph.tensors()]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -299,13 +300,20 @@ class BoundedModule(nn.Module):
             native.set_cuts(cuts._for_engine(len(regions[0][0]), regions[0][0]))
         if first is not None:
             native.set_first(*first)
-        lower, upper, A_lower, c_lower, A_upper, c_upper = self._program.bound(tensors, regions, native, rows)
+        try:
+            found = self._program.bound(tensors, regions, native, rows)
+        except (RuntimeError, IndexError, ValueError) as error:
+            self._explain(error, tensors)
+            raise
+        lower, upper, A_lower, c_lower, A_upper, c_upper = found
         for value in (lower, upper):
             if value is not None and not math.isfinite(value.detach().sum().item()):
                 self._diagnose(tensors)
         linear = None
         if return_linear:
             shape = (regions[0][0].shape[0], c_lower.shape[1] if c_lower is not None else c_upper.shape[1])
+            A_lower, c_lower = _without_overflow(A_lower, c_lower, -math.inf)
+            A_upper, c_upper = _without_overflow(A_upper, c_upper, math.inf)
             linear = LinearBounds(
                 self._shaped(A_lower, shape), c_lower, self._shaped(A_upper, shape), c_upper
             )
@@ -376,7 +384,11 @@ class BoundedModule(nn.Module):
         """Bounds on every pre-activation, by node number."""
         tensors = self._tensors()
         native = self._native(method, parsed, False, regions[0][0].device, boxes)
-        found = self._program.layer_bounds(tensors, regions, native)
+        try:
+            found = self._program.layer_bounds(tensors, regions, native)
+        except (RuntimeError, IndexError, ValueError) as error:
+            self._explain(error, tensors)
+            raise
         if not all(
             math.isfinite((upper.detach() - lower.detach()).sum().item()) for _, lower, upper in found
         ):
@@ -561,6 +573,15 @@ class BoundedModule(nn.Module):
             )
         return found + of_batch
 
+    def _explain(self, error: Exception, tensors: list[Tensor]) -> None:
+        """Names the parameter whose shape is another than at the trace, where the engine failed."""
+        for slot, value, shape in zip(self.graph.slots, tensors, self._shapes, strict=True):
+            if value.shape != shape:
+                raise ValueError(
+                    f"'{slot.path}' has shape {list(value.shape)}, and another one when the network was traced: "
+                    "make a new BoundedModule"
+                ) from error
+
     def _diagnose(self, tensors: list[Tensor]) -> None:
         """Names the layer whose weights made a result infinite; an overflow leaves infinite bounds."""
         for slot, value in zip(self.graph.slots, tensors, strict=True):
@@ -574,6 +595,22 @@ class BoundedModule(nn.Module):
 def _modules_of(net: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module | None, ...]]]:
     """A network and all below it, each once and with what stands right below it."""
     return [(module, tuple(module._modules.values())) for module in net.modules()]
+
+
+def _without_overflow(
+    coefficients: list[Tensor | None], constant: Tensor | None, none: float
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Functions of which a number is infinite or NaN become the constant ``none``."""
+    parts = [A for A in coefficients if A is not None]
+    if constant is None or all(math.isfinite(t.detach().sum().item()) for t in (constant, *parts)):
+        return coefficients, constant
+    finite = [A.detach().flatten(2).isfinite().all(2) for A in parts]
+    known = torch.stack([constant.detach().isfinite(), *finite]).all(0)
+    kept = [
+        None if A is None else torch.where(known.view(*known.shape, 1), A.flatten(2), 0).view_as(A)
+        for A in coefficients
+    ]
+    return kept, torch.where(known, constant, none)
 
 
 def _check_device(device: torch.device) -> None:

@@ -132,6 +132,14 @@ def test_a_parameter_taken_away_is_named(bm, ball):
         bm.bound(ball)
 
 
+@pytest.mark.parametrize("method", ["ibp", "crown", "forward"])
+def test_a_parameter_of_another_shape_is_named(bm, net, ball, method):
+    path, layer = next((path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear))
+    layer.weight = nn.Parameter(torch.ones(layer.out_features, layer.in_features + 1))
+    with pytest.raises(ValueError, match=f"'{path}.weight' has shape .* make a new BoundedModule"):
+        bm.bound(ball, method=method)
+
+
 def test_freezing_ends_gradients_and_unfreezing_returns_them(bm, ball):
     for method in METHODS:
         bm.requires_grad_(False)

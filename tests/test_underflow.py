@@ -116,14 +116,18 @@ def test_regions_of_subnormal_radius_while_flushing(flushed):
     assert (ball.upper >= 1e-40).all() and (ball.lower <= -1e-40).all()
 
 
-def test_the_largest_inputs_leave_no_nan_in_linear_functions():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    most = torch.full((1, 3), torch.finfo(torch.float32).max)
-    found = pycert.BoundedModule(net, most).bound(pycert.Box(-most, most), "forward", return_linear=True)
-    for value in (found.lower, found.upper, *vars(found.linear).values()):
-        assert not value.isnan().any()
-    assert torch.isfinite(found.linear.A_lower).all() and torch.isfinite(found.linear.A_upper).all()
+@pytest.mark.parametrize("method", ("crown-ibp", "crown", "forward"))
+def test_linear_functions_that_overflow_are_constants(method):
+    def gate(self, x: Tensor) -> Tensor:
+        y = (x * torch.tensor([1.0, -6e18])).relu()
+        return (y * y.flip(-1)) @ torch.tensor([[1.4e23], [2.1e23]])
+
+    x = torch.tensor([[0.4, -0.4]])
+    bm = pycert.BoundedModule(Apply(gate), x)
+    for where in (pycert.LpBall(x, 1e-3), pycert.Box(torch.full_like(x, -3e38), torch.full_like(x, 3e38))):
+        linear = bm.bound(where, method, return_linear=True, intersect=False).linear
+        assert torch.isfinite(linear.A_lower).all() and torch.isfinite(linear.A_upper).all()
+        assert (linear.c_lower < 0).all() and (linear.c_upper > 0).all()
 
 
 def test_a_large_sample_does_not_loosen_the_others_of_its_batch():

@@ -10,11 +10,9 @@
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <cmath>
-#include <limits>
 
 #include "engine/backward.h"
 #include "ops/record.h"
@@ -22,8 +20,6 @@
 namespace pycert::engine {
 
 namespace {
-
-constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
 // low <= value <= high for every input x: low = sum_k lower[k] x_k + lower[d], likewise upper.
 struct Linear {
@@ -437,13 +433,6 @@ BoundsResult ForwardWalk::run(const std::optional<Spec>& spec) {
   if (side != Side::Upper) result.lower = lower.view(shape);
   if (side != Side::Lower) result.upper = upper.view(shape);
   if (!c_.options().return_linear) return result;
-  const auto known = [&](const Tensor& t,
-                         double none) {  // of functions that overflow only the infinite constant is left
-    const Tensor finite = t.isfinite().all(1, true);
-    const Tensor rest = at::cat({at::zeros({count_}, t.options()), at::full({1}, none, t.options())}).unsqueeze(1);
-    return at::where(finite, t, rest);
-  };
-  last = {known(last.lower, -kInfinite), known(last.upper, kInfinite)};
   const auto split = [&](const Tensor& t, std::vector<Tensor>& into) {
     int64_t first = 0;
     for (int64_t n : inputs_) {
