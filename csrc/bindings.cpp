@@ -64,9 +64,7 @@ bool keep_subnormals(bool keep) {
 bool same_entries(const py::list& dicts, const py::list& entries) {
   const Py_ssize_t count = PyList_GET_SIZE(entries.ptr());
   Py_ssize_t next = 0;
-  const auto is_next = [&](PyObject* found) {
-    return next < count && PyList_GET_ITEM(entries.ptr(), next++) == found;
-  };
+  const auto is_next = [&](PyObject* found) { return next < count && PyList_GET_ITEM(entries.ptr(), next++) == found; };
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dicts.ptr()); ++i) {
     PyObject* const dict = PyList_GET_ITEM(dicts.ptr(), i);
     PyObject *key = nullptr, *value = nullptr;
