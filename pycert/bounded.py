@@ -422,10 +422,12 @@ class BoundedModule(nn.Module):
     # ---- arguments ----------------------------------------------------------------------------------
 
     def _tensors(self) -> list[Tensor]:
-        if not self._watch.holds():
+        unchanged = self._watch.holds()
+        if not unchanged:
             self._check_modules()
-            self._watch.check()
         self.graph.check()
+        if not unchanged:
+            self._watch.check()
         with _flags.no_autocast():
             tensors = self.graph.tensors()
         if not all(math.isfinite(tensors[i].detach().sum().item()) for i in self._hidden):

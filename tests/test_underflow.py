@@ -109,6 +109,27 @@ def test_flushing_neither_changes_bounds_nor_escapes_them(kind, flushed):
                 assert bounds.lower <= value <= bounds.upper, (method, value, bounds)
 
 
+@pytest.mark.parametrize("method", ("ibp", "crown-ibp", "crown", "alpha-crown", "forward", "lipschitz"))
+@pytest.mark.parametrize("convolution", (False, True))
+def test_inputs_that_are_flushed(convolution, method, flushed):
+    layer = nn.Conv1d(1, 1, 1, bias=False) if convolution else nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1e38)
+    x = torch.full((1, 1, 1) if convolution else (1, 1), 3e-39)
+    bounds = pycert.BoundedModule(layer, x).bound(
+        pycert.Box(x, x) if method != "lipschitz" else pycert.LpBall(x, 0.0), method
+    )
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        with torch.no_grad():
+            value = layer(x).flatten()
+        torch.set_flush_denormal(False)
+        assert (bounds.lower.flatten() <= value).all() and (value <= bounds.upper.flatten()).all(), (
+            flush,
+            value,
+            bounds,
+        )
+
+
 def test_regions_of_subnormal_radius_while_flushing(flushed):
     torch.set_flush_denormal(True)
     ball = pycert.LpBall(torch.zeros(1, 2), 1e-40)

@@ -46,6 +46,15 @@ PYCERT_HD inline T charge_of(const ChargeElement<T>& z, const ChargeFactors<T>& 
   return charge + theirs + lost;
 }
 
+// Largest |value| of [lower, upper] as charges take it. An execution that flushes a value below kTiny is off by as much,
+// which a charge of kUnit times this covers; zero stays zero.
+template <typename T>
+PYCERT_HD inline T size_of(T lower, T upper) {
+  constexpr T kFlushed = kTiny<T> / kUnit<T>;
+  const T low = std::abs(lower), high = std::abs(upper), largest = low > high ? low : high;
+  return largest != T(0) && largest < kFlushed ? kFlushed : largest;
+}
+
 // Upper bound of a sum of `count` squares; those of doubles may underflow.
 template <typename T>
 PYCERT_HD inline double squares_up(double sum, int64_t count) {

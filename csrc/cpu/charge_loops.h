@@ -42,8 +42,7 @@ void magnitudes(const MagnitudeArgs<T>& a) {
       double sums[kStrandsOfSum] = {}, squares[kStrandsOfSum] = {};
       int64_t zeros = 0, negative = 0;
       const auto step = [&](int64_t k, int j) PYCERT_INLINED {
-        const T low = std::abs(lower[k]), high = std::abs(upper[k]);
-        const T largest = low > high ? low : high;
+        const T largest = size_of(lower[k], upper[k]);
         size[k] = largest;
         zeros += largest == T(0);
         negative += !(lower[k] >= T(0));  // NaN too

@@ -14,8 +14,7 @@ __global__ void __launch_bounds__(kThreads, 4) magnitudes_kernel(const cpu::Magn
     const int64_t first = row * a.count;
     double sum = 0, squares = 0, zeros = 0, negative = 0;
     for (int64_t i = first + lane; i < first + a.count; i += kTeam) {
-      const T low = std::abs(a.lower[i]), high = std::abs(a.upper[i]);
-      const T largest = low > high ? low : high;
+      const T largest = size_of(a.lower[i], a.upper[i]);
       a.size[i] = largest;
       zeros += largest == T(0) ? 1.0 : 0.0;
       negative += a.lower[i] >= T(0) ? 0.0 : 1.0;  // NaN too

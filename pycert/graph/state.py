@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import operator
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -138,11 +139,13 @@ class _Glance:
 
     def __init__(self, root: nn.Module) -> None:
         modules = [module for _, module in walk(root)]
-        self._owners = [(module, module.__dict__, type(module).forward) for module in modules]
+        self._modules, self._owns = modules, [module.__dict__ for module in modules]
+        self._types = [type(module) for module in modules]
+        self._forwards = {found: found.forward for found in self._types}
         self._dicts: list[dict[str, Any]] = []
         self._lists: list[tuple[Any, Any]] = []
         self._deep: list[tuple[Any, Any]] = []
-        for own in (module.__dict__ for module in modules):
+        for own in self._owns:
             self._dicts.append(own)
             for name, value in own.items():
                 watched = name in ("_parameters", "_buffers", "_modules") or (
@@ -160,7 +163,9 @@ class _Glance:
     def holds(self) -> bool:
         return (
             _C.same_entries(self._dicts, self._entries)
-            and all(module.__dict__ is own and type(module).forward is f for module, own, f in self._owners)
+            and all(map(operator.is_, map(vars, self._modules), self._owns))
+            and all(map(operator.is_, map(type, self._modules), self._types))
+            and all(found.forward is seen for found, seen in self._forwards.items())
             and all(value == seen for value, seen in self._lists)
             and all(_token(value) == seen for value, seen in self._deep)
         )
