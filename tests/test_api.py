@@ -135,8 +135,13 @@ def test_a_parameter_taken_away_is_named(bm, ball):
 @pytest.mark.parametrize("method", ["ibp", "crown", "forward"])
 def test_a_parameter_of_another_shape_is_named(bm, net, ball, method):
     path, layer = next((path, m) for path, m in net.named_modules() if isinstance(m, nn.Linear))
-    layer.weight = nn.Parameter(torch.ones(layer.out_features, layer.in_features + 1))
+    other = torch.ones(layer.out_features, layer.in_features + 1)
+    kept, layer.weight.data = layer.weight.data, other
     with pytest.raises(ValueError, match=f"'{path}.weight' has shape .* make a new BoundedModule"):
+        bm.bound(ball, method=method)
+    layer.weight.data = kept
+    layer.weight = nn.Parameter(other)
+    with pytest.raises(RuntimeError, match=f"'{path}.weight' has changed from .* make a new BoundedModule"):
         bm.bound(ball, method=method)
 
 
