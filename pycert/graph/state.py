@@ -148,10 +148,9 @@ class _Glance:
         for own in self._owns:
             self._dicts.append(own)
             for name, value in own.items():
-                watched = name in ("_parameters", "_buffers", "_modules") or (
-                    not value and name not in _IGNORED
-                )
-                if type(value) in (dict, collections.OrderedDict) and watched:
+                if type(value) in (dict, collections.OrderedDict) and (
+                    name in ("_parameters", "_buffers", "_modules") or not (value or name in _IGNORED)
+                ):
                     self._dicts.append(value)
                 elif type(value) is list and all(isinstance(item, _ATOMS) for item in value):
                     self._lists.append((value, value.copy()))
