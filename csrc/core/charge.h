@@ -46,8 +46,8 @@ PYCERT_HD inline T charge_of(const ChargeElement<T>& z, const ChargeFactors<T>& 
   return charge + theirs + lost;
 }
 
-// Largest |value| of [lower, upper] as charges take it. An execution that flushes a value below kTiny is off by as much,
-// which a charge of kUnit times this covers; zero stays zero.
+// Largest |value| of [lower, upper] as charges take it. An execution that flushes a value below kTiny is off by as
+// much, which a charge of kUnit times this covers; zero stays zero.
 template <typename T>
 PYCERT_HD inline T size_of(T lower, T upper) {
   constexpr T kFlushed = kTiny<T> / kUnit<T>;
