@@ -95,7 +95,6 @@ class BoundedModule(nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
         self.net = net
         self.graph: Graph = trace(net, example)
-        self._traced = _modules_of(net)
         self._watch = Watch(net, (example,) if isinstance(example, Tensor) else tuple(example), self.graph)
         self._prepare()
 
@@ -103,7 +102,7 @@ class BoundedModule(nn.Module):
         """A bounded module of a part of the graph, over the same modules."""
         made = type(self).__new__(type(self))
         nn.Module.__init__(made)
-        made.net, made.graph, made._traced, made._watch = self.net, graph, self._traced, self._watch
+        made.net, made.graph, made._watch = self.net, graph, self._watch
         made._prepare()
         return made
 
@@ -422,31 +421,13 @@ class BoundedModule(nn.Module):
     # ---- arguments ----------------------------------------------------------------------------------
 
     def _tensors(self) -> list[Tensor]:
-        unchanged = self._watch.holds()
-        if not unchanged:
-            self._check_modules()
         self.graph.check()
-        if not unchanged:
-            self._watch.check()
+        self._watch.check()
         with _flags.no_autocast():
             tensors = self.graph.tensors()
         if not all(math.isfinite(tensors[i].detach().sum().item()) for i in self._hidden):
             self._diagnose(tensors)
         return tensors
-
-    def _check_modules(self) -> None:
-        """The trace reads the modules that it has met: bounds of a network without them would be another's."""
-        for module, children in self._traced:
-            if tuple(module._modules.values()) != children:
-                break
-        else:
-            return
-        known = {id(module) for module, _ in self._traced}
-        new = [path for path, module in self.net.named_modules() if id(module) not in known]
-        what = f"'{new[0]}' is new" if new else "some are gone or have moved"
-        raise RuntimeError(
-            f"modules have changed since the network was traced ({what}): make a new BoundedModule"
-        )
 
     def _native(
         self,
@@ -592,11 +573,6 @@ class BoundedModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.graph.nodes)} operators"
-
-
-def _modules_of(net: nn.Module) -> list[tuple[nn.Module, tuple[nn.Module | None, ...]]]:
-    """A network and all below it, each once and with what stands right below it."""
-    return [(module, tuple(module._modules.values())) for module in net.modules()]
 
 
 def _without_overflow(

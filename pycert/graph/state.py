@@ -223,8 +223,8 @@ def _no_hooks() -> Any:
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Names the first thing that changed."""
-    for name in (*now, *before):
+    """Names the first thing that changed, a module rather than the one that holds it."""
+    for name in sorted((*now, *before), key=lambda name: name.rpartition(".")[2] == "_modules"):
         if name not in before or name not in now:
             return f"'{name}' has been {'set' if name in now else 'removed'}"
         if before[name] != now[name]:

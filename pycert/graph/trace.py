@@ -188,7 +188,7 @@ def _output(tracer: Tracer, output: Any) -> int:
 def same(first: Graph, second: Graph) -> bool:
     """Whether two traces are the same network, whatever batch size they were made at.
 
-    Expressions are compared by their present value, so both must be of the same modules.
+    Expressions are compared by their present value and by what they read, so both must be of the same modules.
     """
     if (first.output, len(first.nodes), len(first.slots)) != (
         second.output,
@@ -221,12 +221,19 @@ def _same_source(first: Source, second: Source) -> bool:
         return first.owner is second.owner and first.name == second.name
     if not isinstance(first, (Constant, Expression)) or type(first) is not type(second):
         return False
+    if _slots(first) != _slots(second):
+        return False
     if _outside(first) != _outside(second):
         hint = "use the parameter itself: a copy would be frozen into the trace"
         raise UnsupportedOperator("", "a Parameter made or copied in the forward", hint)
     with torch.no_grad():
         a, b = first.value(), second.value()
     return a is b or (a.shape == b.shape and (a.is_meta or torch.equal(a, b)))
+
+
+def _slots(source: Source) -> list[tuple[int, str]]:
+    """What is read anew at every call: values that are equal today need not stay so."""
+    return [(id(leaf.owner), leaf.name) for leaf in leaves(source) if isinstance(leaf, Slot)]
 
 
 def _outside(source: Source) -> set[int]:
