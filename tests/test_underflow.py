@@ -130,6 +130,34 @@ def test_inputs_that_are_flushed(convolution, method, flushed):
         )
 
 
+def subnormal_batch_norm() -> nn.BatchNorm1d:
+    layer = nn.BatchNorm1d(1)
+    layer.weight.data.fill_(1e-39)
+    return layer
+
+
+# Of inputs of 1e30: a factor below the smallest normal number, which an execution may take for 0.
+FLUSHED_FACTORS: dict[str, Callable[[], pycert.BoundedModule]] = {
+    "product": lambda: bounded(lambda self, x: x * torch.tensor(1e-39) * 1e9),
+    "batch norm": lambda: bounded(lambda self, x: self.norm(x) * 1e9, norm=subnormal_batch_norm()),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", FLUSHED_FACTORS)
+def test_factors_that_are_flushed(kind, method, flushed):
+    bm, x = FLUSHED_FACTORS[kind](), torch.tensor([[1e30]])
+    values = []
+    for flush in (False, True):
+        torch.set_flush_denormal(flush)
+        with torch.no_grad():
+            values.append(bm(x))
+        torch.set_flush_denormal(False)
+    assert values[0] > 0.5 and values[1] == 0
+    bounds = bm.bound(pycert.Box(x, x), method, intersect=False)
+    assert all(bounds.lower <= value <= bounds.upper for value in values), (values, bounds)
+
+
 def test_regions_of_subnormal_radius_while_flushing(flushed):
     torch.set_flush_denormal(True)
     ball = pycert.LpBall(torch.zeros(1, 2), 1e-40)
